@@ -1,0 +1,1 @@
+"""Gradient-based data selection for post-training."""
