@@ -161,6 +161,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             arguments[name] = from_mapping(typing.cast(type, hints[name]), value, f"{where}: {name}")
         else:
             converted = tuple(value) if isinstance(value, list) else value
+            if isinstance(value, str) and Path in (hints[name], *typing.get_args(hints[name])):
+                converted = Path(value)
             if _fits(converted, hints[name]):
                 arguments[name] = converted
             else:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from torch import Tensor
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """The projections of a decoder layer, in the order in which they are stored and shown."""
@@ -41,18 +40,6 @@ class LayerSpec:
     def key(self) -> str:
         """Short unique name, such as `12.q`."""
         return f"{self.layer}.{self.projection}"
-
-
-@dataclass(frozen=True, eq=False)
-class LayerFactors:
-    """Inputs of one layer and the output gradients of each projection that reads them; G = deltaᵀ x for each.
-
-    Rows of padding tokens hold zeros in every delta, so they add nothing but zero singular values.
-    """
-
-    x: Float[Tensor, "N T I"]
-    deltas: tuple[Float[Tensor, "N T _"], ...]
-    specs: tuple[LayerSpec, ...]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,47 @@
+"""The command line: one dataclass per verb, one place where errors become messages and exit codes.
+
+Exit codes: 0 done; 1 `verify` found problems; 2 an error that the message explains; 3 too many samples without a score.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Union
+
+import tyro
+
+from selector.cli.command import Command
+from selector.cli.inspect import InfoCommand, VerifyCommand
+from selector.cli.replay import RunCommand
+from selector.cli.score import ScoreCommand
+from selector.errors import SelectorError
+
+COMMANDS: tuple[type[Command], ...] = (ScoreCommand, InfoCommand, VerifyCommand, RunCommand)
+
+DESCRIPTION = "Choose post-training data by what each sample would do to the model."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run the command.
+
+    Args:
+        arguments: words after the program's name; those of the process when None.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("selector").setLevel(logging.INFO)
+    choices = tuple(Annotated[command, tyro.conf.subcommand(command.name)] for command in COMMANDS)
+    command = tyro.cli(Union[choices], prog="selector", description=DESCRIPTION, args=words or ["--help"], config=(tyro.conf.FlagCreatePairsOff,))  # noqa: UP007
+    try:
+        return command.run()
+    except SelectorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130

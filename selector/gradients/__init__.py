@@ -1,0 +1,1 @@
+"""Per-sample gradient factors of a model's linear layers: which layers, which loss, and the hooks that collect them."""

@@ -1,0 +1,96 @@
+"""Pack samples into batches of about equal token count, and into padded tensors.
+
+Samples are sorted by length, so that little is padding, and a batch holds as many as its token budget allows, padding
+included. Which samples share a batch has no effect on any score.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from selector.data.samples import Sample
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples of one forward and backward pass; S sequences, an equal number for each of N samples."""
+
+    samples: tuple[Sample, ...]
+    input_ids: Int[Tensor, "S T"]
+    attention_mask: Int[Tensor, "S T"]
+    loss_mask: Bool[Tensor, "S T"]
+
+    @property
+    def sequences_per_sample(self) -> int:
+        """How many consecutive sequences belong to one sample."""
+        return len(self.input_ids) // len(self.samples)
+
+
+def deal(samples: Sequence[Sample], ranks: int) -> list[list[Sample]]:
+    """Share samples among ranks so that all finish together: longest first, each to the rank with the fewest tokens.
+
+    Args:
+        samples: what is to be scored, any order.
+        ranks: number of processes.
+
+    Returns:
+        The samples of each rank; a function of the samples alone, so that every rank computes the same.
+    """
+    loads = [(0, rank) for rank in range(ranks)]
+    shares: list[list[Sample]] = [[] for _ in range(ranks)]
+    for sample in sorted(samples, key=lambda s: (-s.n_tokens, s.row)):
+        tokens, rank = heapq.heappop(loads)
+        shares[rank].append(sample)
+        heapq.heappush(loads, (tokens + sample.n_tokens, rank))
+    return shares
+
+
+def token_budget_batches(samples: Sequence[Sample], tokens_per_batch: int) -> list[list[Sample]]:
+    """Group samples of like length, longest first, so that the batch most likely to exhaust the memory comes first.
+
+    Args:
+        samples: what is to be scored, any order.
+        tokens_per_batch: most tokens of a batch, padding included; a longer single sample gets a batch of its own.
+    """
+
+    def width(sample: Sample) -> int:
+        return max(map(len, sample.sequences))
+
+    batches: list[list[Sample]] = []
+    for sample in sorted(samples, key=lambda s: (len(s.sequences), -width(s), s.row)):
+        current = batches[-1] if batches else []
+        sequences = len(sample.sequences)
+        fits = current and len(current[0].sequences) == sequences
+        if fits and (len(current) + 1) * sequences * width(current[0]) <= tokens_per_batch:
+            current.append(sample)
+        else:
+            batches.append([sample])
+    return batches
+
+
+def collate(samples: Sequence[Sample], pad_token_id: int, device: torch.device | str = "cpu") -> Batch:
+    """Pad sequences on the right and stack them.
+
+    Args:
+        samples: of one batch, each with the same number of sequences.
+        pad_token_id: fills the padding; its value has no effect.
+        device: where the tensors go.
+    """
+    sequences = [sequence for sample in samples for sequence in sample.sequences]
+    shape = (len(sequences), max(map(len, sequences), default=0))
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    loss_mask = np.zeros(shape, dtype=bool)
+    for i, sequence in enumerate(sequences):
+        input_ids[i, : len(sequence)] = sequence.input_ids
+        attention_mask[i, : len(sequence)] = 1
+        loss_mask[i, : len(sequence)] = sequence.loss_mask
+    tensors = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, loss_mask))
+    return Batch(tuple(samples), *tensors)

@@ -1,0 +1,81 @@
+"""`selector info` and `selector verify`: what a feature store holds, and whether it is sound."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import numpy as np
+from rich.table import Table
+from tyro.conf import Positional
+
+from selector.cli.command import Command, console
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoCommand(Command):
+    """Show what a feature store holds: samples, layers, settings, and the middle of each measure.
+
+    Example: selector info features/
+    """
+
+    name: ClassVar[str] = "info"
+
+    store: Annotated[Path, Positional]
+    """Directory of the feature store."""
+
+    def run(self) -> int:
+        from selector.store import FeatureStore
+        from selector.types import MEASURES
+
+        store = FeatureStore.open(self.store)
+        out = console()
+        samples = store.to_arrow(["source", "n_tokens", "n_loss_tokens", "status"])
+        statuses = Counter(samples["status"].to_pylist())
+        out.print(f"{store.path}: {len(samples):,} of {store.manifest.expected:,} samples, fingerprint {store.manifest.fingerprint}")
+        out.print("status: " + ", ".join(f"{count:,} {status}" for status, count in statuses.most_common()))
+        sources = Counter(samples["source"].to_pylist())
+        if set(sources) != {None}:
+            out.print("source: " + ", ".join(f"{count:,} {source}" for source, count in sources.most_common(8)))
+        if len(samples):
+            tokens = samples["n_tokens"].to_numpy()
+            out.print(f"tokens: {tokens.sum():,} in all; {np.median(tokens):.0f} in the middle, {tokens.max()} at most")
+        settings = Table("setting", "value", title="identity")
+        for key, value in store.manifest.identity.items():
+            settings.add_row(key, str(value))
+        out.print(settings)
+        projections = list(dict.fromkeys(spec.projection for spec in store.layers))
+        features = Table("measure", *projections, title=f"median over samples and {len({s.layer for s in store.layers})} layers")
+        for measure in MEASURES:
+            values = store.features(measure)
+            columns = [values[:, [s.projection == name for s in store.layers]] for name in projections]
+            features.add_row(measure, *(f"{np.nanmedian(c):.4g}" if not np.isnan(c).all() else "-" for c in columns))
+        out.print(features)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyCommand(Command):
+    """Check every shard of a feature store: checksums, owner, columns, missing and doubled samples.
+
+    Example: selector verify features/
+    """
+
+    name: ClassVar[str] = "verify"
+
+    store: Annotated[Path, Positional]
+    """Directory of the feature store."""
+
+    def run(self) -> int:
+        from selector.store import FeatureStore
+
+        store = FeatureStore.open(self.store)
+        problems = store.verify()
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        if not problems:
+            console().print(f"{store.path}: {len(store):,} samples in {len(store.shard_paths())} shards, all sound")
+        return 1 if problems else 0
