@@ -48,6 +48,8 @@ class Scores:
 
     ids: np.ndarray
     """[N] str, unique."""
+    rows: Int[np.ndarray, " N"]
+    """Position of each sample in the data set that was scored."""
     values: Float[np.ndarray, " N"]
     """The score to select by, after length control and sign; higher is picked first; NaN where a sample has none."""
     raw: Float[np.ndarray, " N"]

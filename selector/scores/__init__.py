@@ -1,0 +1,22 @@
+"""One number per sample: aggregation over layers, direction, length control, and the table that keeps them."""
+
+from selector.scores.aggregate import Aggregation, aggregate
+from selector.scores.from_store import HIGHER_FIRST, score
+from selector.scores.length import LengthControl, load_control
+from selector.scores.statistics import LengthCorrelation, length_correlation, spearman
+from selector.scores.table import read_provenance, read_scores, write_scores
+
+__all__ = [
+    "HIGHER_FIRST",
+    "Aggregation",
+    "LengthControl",
+    "LengthCorrelation",
+    "aggregate",
+    "length_correlation",
+    "load_control",
+    "read_provenance",
+    "read_scores",
+    "score",
+    "spearman",
+    "write_scores",
+]

@@ -20,6 +20,20 @@ from selector.store.schema import METADATA_KEY, SHARDS, Manifest, shard_schema
 from selector.types import LayerSpec
 
 
+def feature_matrix(column: pa.ChunkedArray, width: int) -> Float32[np.ndarray, "N F"]:
+    """Values of one measure's column, NaN where there is none.
+
+    Args:
+        column: the column of a shard, fixed-size lists of float32.
+        width: length of the lists.
+    """
+    lists = column.combine_chunks()
+    if lists.null_count:
+        # a null list hides child values of its own, so it is filled before its values are taken
+        lists = pc.fill_null(lists, pa.scalar([float("nan")] * width, type=lists.type))
+    return pc.fill_null(lists.flatten(), float("nan")).to_numpy(zero_copy_only=False).reshape(-1, width)
+
+
 class FeatureStore:
     """Features of a data set's samples, as `selector score` left them. Open one with `FeatureStore.open`.
 
@@ -88,12 +102,7 @@ class FeatureStore:
         Args:
             measure: one of `selector.types.MEASURES`.
         """
-        column = self.to_arrow([measure])[measure].combine_chunks()
-        width = len(self.layers)
-        # a null list hides child values of its own, so it is filled before its values are taken
-        nulls = pa.scalar([float("nan")] * width, type=column.type)
-        values = pc.fill_null(column, nulls) if column.null_count else column
-        return pc.fill_null(values.flatten(), float("nan")).to_numpy(zero_copy_only=False).reshape(-1, width)
+        return feature_matrix(self.to_arrow([measure])[measure], len(self.layers))
 
     @cached_property
     def ids(self) -> np.ndarray:

@@ -1,0 +1,57 @@
+"""Rank statistics of scores: how far they restate length, and each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from selector.types import Scores
+
+
+@dataclass(frozen=True)
+class LengthCorrelation:
+    """Spearman correlation of a score with the number of tokens, before and after length control."""
+
+    raw: float
+    """Of the aggregated measure; NaN when it cannot be computed."""
+    controlled: float
+    """Of the value that is selected by."""
+
+
+def length_correlation(scores: Scores) -> LengthCorrelation:
+    """How far a score restates length.
+
+    Args:
+        scores: scores of a pool; samples without a score are left out.
+    """
+    return LengthCorrelation(spearman(scores.raw, scores.n_tokens), spearman(scores.values, scores.n_tokens))
+
+
+def spearman(a: Float[np.ndarray, " N"], b: Float[np.ndarray, " N"]) -> float:
+    """Spearman rank correlation, ties sharing their mean rank, over the pairs where both are finite.
+
+    Args:
+        a: one variable.
+        b: the other.
+
+    Returns:
+        -1 to 1; NaN when fewer than two pairs are left or one variable does not vary.
+    """
+    both = np.isfinite(a) & np.isfinite(b)
+    x, y = mean_ranks(np.asarray(a)[both]), mean_ranks(np.asarray(b)[both])
+    x, y = x - x.mean() if len(x) else x, y - y.mean() if len(y) else y
+    norm = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / norm) if norm > 0 else float("nan")
+
+
+def mean_ranks(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """Rank of each value from 1, equal values sharing the mean of their ranks.
+
+    Args:
+        values: finite numbers.
+    """
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]

@@ -1,0 +1,126 @@
+"""Checkers for parts that strangers add: each runs a part through the promises of its contract.
+
+from selector.testing import check_policy
+check_policy("mine", minimum=0.5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from selector.errors import SelectorError
+from selector.policies import Budget, Pool, run_policy
+from selector.types import Picks, Scores
+
+
+class ContractError(SelectorError):
+    """A part breaks a promise of its contract."""
+
+
+def make_pool(n: int, *, seed: int = 0, ties: bool = False, missing: float = 0.0) -> Scores:
+    """A made-up pool: three sources, lengths over two orders of magnitude, ids that are not in order.
+
+    Args:
+        n: number of samples.
+        seed: what to draw them from.
+        ties: whether only three different scores occur.
+        missing: share of samples without a score.
+    """
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, 3, n).astype(float) if ties else rng.normal(size=n)
+    values[rng.random(n) < missing] = np.nan
+    n_tokens = np.exp(rng.uniform(np.log(8), np.log(800), n)).astype(np.int64)
+    return Scores(
+        ids=np.array([f"sample-{i:05d}" for i in rng.permutation(n)], dtype=object),
+        rows=np.arange(n),
+        values=values,
+        raw=np.exp(values),
+        n_tokens=n_tokens,
+        n_loss_tokens=np.maximum(n_tokens // 2, 1),
+        source=np.array(["code", "math", "chat"], dtype=object)[rng.integers(0, 3, n)],
+    )
+
+
+def shuffled(scores: Scores, order: np.ndarray) -> Scores:
+    """The same samples in another order.
+
+    Args:
+        scores: a pool.
+        order: [N] a permutation of its positions.
+    """
+    names = ("ids", "rows", "values", "raw", "n_tokens", "n_loss_tokens", "source")
+    return Scores(**{name: getattr(scores, name)[order] for name in names})
+
+
+def check_policy(
+    name: str, *, attach: Callable[[Pool, np.ndarray], Pool] | None = None, exact: bool = True, **options: Any
+) -> None:
+    """Check that a registered policy keeps its contract.
+
+    It must be deterministic under a seed, not depend on the order of the samples, keep within every budget (and fill
+    it, when `exact`), never pick a sample without a score, never pick one twice, give a reason for each pick, and bear
+    ties, pools of one and empty pools.
+
+    Args:
+        name: the policy's registered name.
+        attach: adds vectors, neighbours or a target to a pool, computed from its ids alone.
+        exact: whether the policy fills a budget as far as it goes; False for filters, which may pick less.
+        options: options of the policy.
+
+    Raises:
+        SelectorError: the first promise that is broken, as a `ContractError` unless the policy could not even be run.
+    """
+    budgets = [Budget.parse(text) for text in ("0", "1", "17", "10%", "100%", "5k tokens", "20% tokens", "3 tokens")]
+    pools = [
+        make_pool(0),
+        make_pool(1),
+        make_pool(2),
+        make_pool(150),
+        make_pool(150, ties=True),
+        make_pool(150, missing=0.3),
+        make_pool(5, missing=1.0),
+    ]
+    for scores in pools:
+        for budget in budgets:
+            case = f"policy {name!r}, {len(scores)} samples, {budget}"
+
+            def run(pool: Scores, budget: Budget = budget) -> Picks:
+                return run_policy(name, pool, budget, seed=3, attach=attach, **options)
+
+            picks = run(scores)
+            _check_picks(case, scores, budget, picks, exact=exact)
+            ids = scores.ids[picks.positions].tolist()
+            _promise(ids == scores.ids[run(scores).positions].tolist(), f"{case}: two runs with one seed differ")
+            other = shuffled(scores, np.random.default_rng(1).permutation(len(scores)))
+            _promise(
+                ids == other.ids[run(other).positions].tolist(), f"{case}: the picks depend on the order of the samples"
+            )
+
+
+def _check_picks(case: str, scores: Scores, budget: Budget, picks: Picks, *, exact: bool) -> None:
+    at = picks.positions
+    scored = np.isfinite(scores.values)
+    _promise(at.ndim == 1 and at.dtype.kind == "i", f"{case}: positions are not one row of integers")
+    _promise(len(np.unique(at)) == len(at), f"{case}: a sample is picked twice")
+    _promise(bool(scored[at].all()), f"{case}: a sample without a score is picked")
+    _promise(
+        len(picks.reasons) == len(at) and all(isinstance(r, str) and r for r in picks.reasons),
+        f"{case}: not every pick has a reason",
+    )
+    if picks.weights is not None:
+        sound = len(picks.weights) == len(at) and bool((np.isfinite(picks.weights) & (picks.weights > 0)).all())
+        _promise(sound, f"{case}: weights are not finite and positive, one for each pick")
+    limit = int(budget.resolve(scores.n_tokens[scored]).amount)
+    spent = int(scores.n_tokens[at].sum()) if budget.unit == "tokens" else len(at)
+    _promise(spent <= limit, f"{case}: {spent} {budget.unit} exceed the budget of {limit}")
+    if exact and len(at) < scored.sum():
+        slack = int(scores.n_tokens[scored].max()) if budget.unit == "tokens" else 1
+        _promise(spent > limit - slack, f"{case}: {spent} {budget.unit} leave room in the budget of {limit}")
+
+
+def _promise(kept: bool, broken: str) -> None:
+    if not kept:
+        raise ContractError(broken)
