@@ -46,6 +46,8 @@ def load_rows(data: str, split: str = "train") -> datasets.Dataset:
         raise
     except Exception as error:  # the readers raise many kinds, all of which mean the same to the user
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{data} is empty", got="0 rows", allowed="1 row or more") from error
         raise DataError(
             f"{data} cannot be read", got=f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}",
             allowed="a JSONL, JSON, Parquet or CSV file, a folder saved by datasets, or a hub name",

@@ -112,7 +112,7 @@ class GradientCapture:
         group.deltas = []
         group.x = group.x.new_empty(0)
 
-    def _by_sample(self, tensor: Float[Tensor, "S T C"]) -> Float[Tensor, "N T C"]:
+    def _by_sample(self, tensor: Float[Tensor, "S T C"]) -> Float[Tensor, "N sT C"]:
         """Join the sequences of each sample along the tokens: their gradients add."""
         sequences, tokens, width = tensor.shape
         per_sample = self.sequences_per_sample
