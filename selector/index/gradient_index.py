@@ -1,0 +1,451 @@
+"""The index: vectors in, sample ids out.
+
+A pool of vectors (standardized spectral features, gradient sketches, anything that compares samples) is scaled to length 1
+under cosine, rotated into Matryoshka order (`rotation`), and searched in two steps: an engine names candidates, looking at
+the leading dimensions alone where those hold enough of every distance, and the candidates are ranked on the whole vectors.
+The trade-off is explicit: small pools are searched exactly, larger ones by inverted lists that are tuned at build time to a
+recall which is then reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float, Float32, Int, Int64
+
+from selector.errors import GradientIndexError
+from selector.index import storage
+from selector.index.backend import Backend, Candidates, lists, rank
+from selector.index.building import choose_library, fit_rotation, flat, members_table, open_engine, plan_engine, rotate
+from selector.index.faiss_backend import FaissIVF
+from selector.index.filters import Filter
+from selector.index.result import SearchResult
+from selector.index.rotation import Rotation
+from selector.index.tuning import ENERGY, Kind, Metric, Plan
+from selector.index.vectors import Method, Standardization, read_features
+from selector.neighbours import NeighbourLists
+from selector.store.reader import FeatureStore
+from selector.types import MEASURES, Scores
+
+FEW = 20_000
+"""Members that a filter may leave for them to be searched one by one."""
+
+
+class GradientIndex:
+    """Vectors of samples, searchable by id, by vector and by metadata. Make one with `build`, `from_vectors` or `open`.
+
+    It answers what policies ask (`selector.neighbours.Neighbours`): neighbors, a neighbor graph, and near-duplicates.
+    """
+
+    def __init__(
+        self,
+        *,
+        members: pa.Table,
+        vectors: Float32[np.ndarray, "N R"],
+        rotation: Rotation,
+        plan: Plan,
+        engine: Backend,
+        backend: str,
+        device: str,
+        standardization: Standardization | None = None,
+        store: str | None = None,
+    ) -> None:
+        self._members, self._vectors, self._rotation, self.plan = members, vectors, rotation, plan
+        self._engine, self._backend, self._device = engine, backend, device
+        self.standardization, self.store = standardization, store
+
+    @classmethod
+    def build(
+        cls,
+        store: FeatureStore,
+        *,
+        measures: Sequence[str] = MEASURES,
+        method: Method = "z",
+        scores: Scores | None = None,
+        **options: Any,
+    ) -> GradientIndex:
+        """Index the spectral features of a feature store; samples without a score are left out.
+
+        Args:
+            store: an open feature store.
+            measures: which measures make the vectors.
+            method: how features are standardized: `"z"`, or `"robust"` against outliers.
+            scores: adds the metadata column `score` for filters; null for samples that it does not hold.
+            options: as for `from_vectors`.
+
+        Raises:
+            GradientIndexError: no sample has a score, or an option is out of range.
+        """
+        ids, features, metadata = read_features(store, measures)
+        if len(ids) == 0:
+            raise GradientIndexError(
+                f"the store at {store.path} holds no sample with a score", fix="finish `selector score`"
+            )
+        standardization = Standardization.fit(features, [spec.key for spec in store.layers], method)
+        metadata = {**metadata, **_score_column(ids, scores)}
+        index = cls.from_vectors(ids, standardization.apply(features), metadata, **options)
+        index.standardization, index.store = standardization, store.manifest.fingerprint
+        return index
+
+    @classmethod
+    def from_vectors(
+        cls,
+        ids: Sequence[str] | np.ndarray,
+        vectors: Float[np.ndarray, "N D"],
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        metric: Metric = "cosine",
+        kind: Kind | Literal["auto"] = "auto",
+        backend: Literal["auto", "faiss", "torch"] = "auto",
+        device: Literal["cpu", "cuda"] = "cpu",
+        recall: float = 0.99,
+        seed: int = 0,
+    ) -> GradientIndex:
+        """Index any vectors, such as gradient sketches.
+
+        Args:
+            ids: [N] str, unique.
+            vectors: [N, D], any float type; may be a memory map.
+            metadata: columns [N] by name that filters can use, such as `source`, `n_tokens`, `score`.
+            metric: `"cosine"`, or `"l2"` for Euclidean distance.
+            kind: exact (`"flat"`), inverted lists (`"ivf"`), compressed ones (`"ivf-sq8"`, `"ivf-pq"`), or by size (`"auto"`).
+            backend: `"faiss"`, `"torch"`, or FAISS where it reaches the device (`"auto"`).
+            device: `"cpu"` or `"cuda"`.
+            recall: share of the true ten nearest that inverted lists and shortlists are tuned to find.
+            seed: of every random choice.
+
+        Raises:
+            GradientIndexError: ids are not unique, vectors cannot be compared, or an option is out of range.
+        """
+        if metric not in ("cosine", "l2"):
+            raise GradientIndexError("unknown metric", got=repr(metric), allowed="cosine, l2")
+        if not 0 < recall < 1:
+            raise GradientIndexError("recall is out of range", got=recall, allowed="between 0 and 1, both excluded")
+        library = choose_library(backend, device)
+        members = members_table(ids, metadata or {}, len(vectors))
+        rotation = fit_rotation(vectors, members["sample_id"], metric, seed)
+        whole = rotate(vectors, members["sample_id"], rotation, metric)
+        plan, engine = plan_engine(
+            whole, rotation, metric=metric, kind=kind, library=library, device=device, recall=recall, seed=seed
+        )
+        return cls(
+            members=members, vectors=whole, rotation=rotation, plan=plan, engine=engine, backend=library, device=device
+        )
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        backend: Literal["auto", "faiss", "torch"] = "auto",
+        device: Literal["cpu", "cuda"] = "cpu",
+    ) -> GradientIndex:
+        """Open a saved index by memory maps.
+
+        Args:
+            path: the index's directory.
+            backend: as for `from_vectors`.
+            device: `"cpu"` or `"cuda"`.
+
+        Raises:
+            GradientIndexError: there is no index, it is damaged, or its engine cannot be had.
+        """
+        manifest, files = storage.read(Path(path))
+        library = choose_library(backend, device)
+        plan = Plan(**manifest["plan"])
+        vectors = np.load(files["vectors"], mmap_mode="r")
+        with np.load(files["space"]) as space:
+            rotation = Rotation(space["axes"], space["energy"])
+            features = manifest["features"]
+            standardization = features and Standardization(
+                tuple(features["measures"]),
+                tuple(features["layers"]),
+                space["center"],
+                space["scale"],
+                features["missing"],
+            )
+        return cls(
+            members=pq.read_table(files["members"]), vectors=vectors, rotation=rotation, plan=plan, backend=library, device=device,
+            engine=open_engine(plan, files, vectors, library, device), standardization=standardization, store=manifest["store"],
+        )  # fmt: skip
+
+    def save(self, path: str | Path) -> None:
+        """Write the index; what was there before stays valid until the last moment.
+
+        Args:
+            path: a directory, new, empty or holding an index.
+
+        Raises:
+            GradientIndexError: the directory holds something else.
+        """
+        space = {"axes": self._rotation.axes, "energy": self._rotation.energy}
+        fit, features = self.standardization, None
+        if fit is not None:
+            space |= {"center": fit.center, "scale": fit.scale}
+            features = {"measures": fit.measures, "layers": fit.layers, "missing": fit.missing}
+        writers = {
+            "members": lambda file: pq.write_table(self._members, file, compression="zstd"),
+            "space": lambda file: np.savez(file, **space),
+            "vectors": lambda file: np.save(file, self._vectors),
+        }
+        if isinstance(self._engine, FaissIVF):
+            writers["lists"] = self._engine.save
+        elif self.plan.leading < self._vectors.shape[1]:
+            writers["leading"] = lambda file: np.save(file, self._vectors[:, : self.plan.leading])
+        versions = {"python": platform.python_version(), "numpy": np.__version__, "engine": self._engine.name}
+        manifest = {
+            "count": len(self),
+            "plan": dataclasses.asdict(self.plan),
+            "features": features,
+            "store": self.store,
+            "versions": versions,
+        }
+        storage.write(Path(path), writers, manifest)
+
+    @staticmethod
+    def verify(path: str | Path) -> None:
+        """Compare the checksums of all files of a saved index, the large arrays included.
+
+        Args:
+            path: the index's directory.
+
+        Raises:
+            GradientIndexError: files are missing or damaged; all of them at once.
+        """
+        storage.read(Path(path), whole=True)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """Sample ids [N], positions as rows."""
+        return self._members["sample_id"].to_numpy()
+
+    @property
+    def description(self) -> str:
+        """What was chosen, why, and what it reaches, in one line."""
+        plan, dimensions = self.plan, self._rotation.axes.shape[0]
+        parts = [f"{len(self):,} vectors of {dimensions} dimensions, {plan.metric}, {plan.kind}"]
+        if plan.leading < self._vectors.shape[1]:
+            parts.append(
+                f"shortlist over {plan.leading} leading dimensions, which hold {plan.energy:.2f} of the energy"
+            )
+        elif plan.energy < ENERGY:
+            parts.append(f"searched whole: a quarter of the dimensions holds only {plan.energy:.2f} of the energy")
+        if isinstance(self._engine, FaissIVF):
+            parts.append(f"{plan.n_probe} of {self._engine.lists} lists probed")
+        if plan.recall < 1 or plan.expansion > 1:
+            short = "" if plan.recall >= plan.goal else f", short of the {plan.goal:g} asked for"
+            parts.append(f"{plan.expansion} candidates per neighbor ranked, recall@10 {plan.recall:.4f}{short}")
+        if self.standardization is not None and self.standardization.missing:
+            parts.append(f"{self.standardization.missing:,} missing features set to the center")
+        return "; ".join([*parts, self._engine.name])
+
+    def search(
+        self, vectors: Float[np.ndarray, "Q D"], k: int = 10, *, where: Filter | None = None, opposing: bool = False
+    ) -> SearchResult:
+        """The up to k nearest members of each vector.
+
+        Args:
+            vectors: [Q, D] in the space that was indexed; for spectral features, `index.standardization.apply(features)`.
+            k: most neighbors per query; all that pass the filter where there are fewer.
+            where: which members may be returned.
+            opposing: search with the negated vectors: members whose gradients pull the other way.
+
+        Returns:
+            Ids and similarities per query: cosines, or minus Euclidean distances; the nearest first, ties by position.
+
+        Raises:
+            GradientIndexError: vectors of another space, or a filter on a column that is not there.
+        """
+        return self._named(self._nearest(self._rotated(vectors), k, where=where, opposing=opposing))
+
+    def search_ids(
+        self, ids: Sequence[str], k: int = 10, *, where: Filter | None = None, opposing: bool = False
+    ) -> SearchResult:
+        """The up to k nearest other members of some members.
+
+        Args:
+            ids: [Q] sample ids, each in the index.
+            k: most neighbors per query; a member is not its own neighbor.
+            where: which members may be returned.
+            opposing: search with the negated vectors.
+
+        Raises:
+            GradientIndexError: an id is not in the index.
+        """
+        positions = self.positions(ids)
+        return self._named(
+            self._nearest(self._vectors[positions], k, where=where, opposing=opposing, excluded=positions)
+        )
+
+    def positions(self, ids: Sequence[str]) -> Int64[np.ndarray, " Q"]:
+        """Positions of sample ids.
+
+        Args:
+            ids: [Q] sample ids.
+
+        Raises:
+            GradientIndexError: an id is not in the index.
+        """
+        asked = pa.array(list(ids), pa.string())
+        rows = np.flatnonzero(pc.is_in(self._members["sample_id"], value_set=asked).to_numpy())
+        found = pc.index_in(asked, value_set=self._members["sample_id"].take(rows).combine_chunks())
+        if found.null_count:
+            missing = asked.filter(pc.is_null(found)).to_pylist()
+            raise GradientIndexError(
+                f"{len(missing)} ids are not in the index",
+                got=", ".join(map(str, missing[:5])),
+                fix="add them, or check for samples without a score",
+            )
+        return rows[found.to_numpy()]
+
+    def add(
+        self,
+        ids: Sequence[str] | np.ndarray,
+        vectors: Float[np.ndarray, "M D"],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Append vectors; rotation, standardization and tuning stay as they were built.
+
+        Args:
+            ids: [M] str, none of them in the index.
+            vectors: [M, D] in the space that was indexed.
+            metadata: the metadata columns of the index, [M] each.
+
+        Raises:
+            GradientIndexError: an id is there already, columns differ, or vectors cannot be compared.
+        """
+        added = members_table(ids, metadata or {}, len(vectors))
+        if set(added.column_names) != set(self._members.column_names):
+            raise GradientIndexError(
+                "the metadata has other columns", got=added.column_names[1:], allowed=self._members.column_names[1:]
+            )
+        present = pc.is_in(added["sample_id"], value_set=self._members["sample_id"].combine_chunks())
+        if pc.any(present).as_py():
+            known = added["sample_id"].filter(present).to_pylist()
+            raise GradientIndexError(
+                f"{len(known)} ids are in the index already", got=", ".join(known[:5]), fix="leave them out"
+            )
+        rows = rotate(vectors, added["sample_id"], self._rotation, self.plan.metric)
+        try:
+            added = added.select(self._members.column_names).cast(self._members.schema)
+        except pa.ArrowException as error:
+            raise GradientIndexError(
+                "the metadata has other types", got=error, allowed=str(self._members.schema)
+            ) from error
+        self._members = pa.concat_tables([self._members, added])
+        self._vectors = np.concatenate([self._vectors, rows])
+        if isinstance(self._engine, FaissIVF):
+            self._engine.extend(np.ascontiguousarray(rows[:, : self.plan.leading]))
+        else:
+            leading = (
+                self._vectors if self.plan.leading == self._vectors.shape[1] else self._vectors[:, : self.plan.leading]
+            )
+            self._engine = flat(np.ascontiguousarray(leading), self._backend, self._device)
+        for derived in ("ids", "_exact"):
+            self.__dict__.pop(derived, None)
+
+    def add_store(self, store: FeatureStore, scores: Scores | None = None) -> None:
+        """Append the scored samples of another store, standardized as the first one was.
+
+        Args:
+            store: an open feature store of the same model and layers.
+            scores: as for `build`.
+
+        Raises:
+            GradientIndexError: the index holds no spectral features, or the store has other layers.
+        """
+        fit = self.standardization
+        keys = tuple(spec.key for spec in store.layers)
+        if fit is None or keys != fit.layers:
+            raise GradientIndexError(
+                "the store does not fit the index", got=f"{len(keys)} layers", allowed=f"{len(fit.layers)} layers of the indexed store" if fit else "vectors",
+                fix="build an index of its own" if fit else "use add",
+            )  # fmt: skip
+        ids, features, metadata = read_features(store, fit.measures)
+        self.add(ids, fit.apply(features), {**metadata, **_score_column(ids, scores)})
+
+    def neighbours(self, positions: Int[np.ndarray, " Q"], k: int) -> NeighbourLists:
+        """The up to k nearest others of some members; a member is never its own neighbor.
+
+        Args:
+            positions: [Q] int64, members of the pool.
+            k: most neighbors per query.
+        """
+        return self._nearest(self._vectors[positions], k, excluded=np.asarray(positions))
+
+    def neighbours_of(self, vectors: Float[np.ndarray, "Q D"], k: int) -> NeighbourLists:
+        """The up to k nearest members of some vectors.
+
+        Args:
+            vectors: [Q, D] in the space that was indexed.
+            k: most neighbors per query.
+        """
+        return self._nearest(self._rotated(vectors), k)
+
+    def graph(self, k: int) -> NeighbourLists:
+        """The up to k nearest others of every member: a sparse graph with N rows.
+
+        Args:
+            k: most neighbors per member.
+        """
+        return self.neighbours(np.arange(len(self)), k)
+
+    @cached_property
+    def _exact(self) -> Backend:
+        return flat(self._vectors, self._backend, self._device)
+
+    def _rotated(self, vectors: Float[np.ndarray, "Q D"]) -> Float32[np.ndarray, "Q R"]:
+        return rotate(np.asarray(vectors), None, self._rotation, self.plan.metric)
+
+    def _named(self, found: NeighbourLists) -> SearchResult:
+        return SearchResult(found, self._members["sample_id"].take(found.positions).to_numpy())
+
+    def _nearest(
+        self,
+        queries: Float32[np.ndarray, "Q R"],
+        k: int,
+        *,
+        where: Filter | None = None,
+        opposing: bool = False,
+        excluded: Int64[np.ndarray, " Q"] | None = None,
+    ) -> NeighbourLists:
+        if k < 1:
+            raise GradientIndexError("k is out of range", got=k, allowed="1 or more")
+        allowed = None if where is None else where.mask(self._members)
+        queries = np.ascontiguousarray(-queries if opposing else queries)
+        return lists(rank(queries, self._vectors, self._candidates(queries, k, allowed), k, excluded), self.plan.metric)
+
+    def _candidates(
+        self, queries: Float32[np.ndarray, "Q R"], k: int, allowed: Bool[np.ndarray, " N"] | None
+    ) -> Candidates:
+        """What the engine proposes; exact search takes over where a filter leaves few members, or lists ran out of them."""
+        available = len(self) if allowed is None else int(allowed.sum())
+        width = self.plan.width(k)
+        if available <= max(FEW, width) and allowed is not None:
+            return self._exact.candidates(queries, width, allowed)
+        found = self._engine.candidates(np.ascontiguousarray(queries[:, : self.plan.leading]), width, allowed)
+        short = np.flatnonzero(found.counts < min(k + 1, available))
+        if len(short):
+            whole = self._exact.candidates(queries[short], width, allowed)
+            found.positions[short, : whole.positions.shape[1]] = whole.positions
+            found.counts[short] = whole.counts
+        return found
+
+
+def _score_column(ids: np.ndarray, scores: Scores | None) -> dict[str, pa.Array]:
+    if scores is None:
+        return {}
+    found = pc.index_in(pa.array(ids.tolist(), pa.string()), value_set=pa.array(scores.ids.tolist(), pa.string()))
+    return {"score": pa.array(scores.values, pa.float64(), from_pandas=True).take(found)}

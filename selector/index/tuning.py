@@ -1,0 +1,204 @@
+"""How an index searches: which engine holds which dimensions, and how many candidates and lists make the recall asked for.
+
+The kind follows from the memory that it takes; the rest is measured at build time on members of the pool, against exact
+search. What was measured is reported, also where it falls short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Float32
+
+from selector.errors import GradientIndexError
+from selector.index.backend import Backend, Candidates, rank
+from selector.index.faiss_backend import FaissIVF
+
+Metric = Literal["cosine", "l2"]
+Kind = Literal["flat", "ivf", "ivf-sq8", "ivf-pq"]
+
+FLAT_LIMIT = 50_000
+"""Most vectors that are searched one by one where nothing else is asked for."""
+
+MEMORY = 4 << 30
+"""Bytes that inverted lists may take before they are compressed further."""
+
+SMALLEST = {"flat": 0, "ivf": 64, "ivf-sq8": 64, "ivf-pq": 1024}
+"""Fewest vectors that each kind can be trained on."""
+
+SHORTLIST_FROM = 20_000
+"""Fewest vectors for which a shortlist over leading dimensions pays."""
+
+ENERGY = 0.8
+"""Least share of the mean squared distance that a quarter of the dimensions has to hold to serve as a shortlist."""
+
+NEAREST = 10
+"""Neighbors whose recall is measured."""
+
+QUERIES = 400
+"""Members of the pool that recall is measured on."""
+
+EXPANSIONS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Candidates per neighbor that are tried."""
+
+PROBES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Numbers of probed lists that are tried, up to a quarter of all lists."""
+
+SPARE = 16
+"""Candidates beyond those, so that rounding in an engine moves no answer across the edge of its list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The settings of a built index, as its manifest keeps them."""
+
+    metric: Metric
+    """Cosine similarity, or Euclidean distance."""
+    kind: Kind
+    """Exact search over an array, or inverted lists with whole or compressed codes."""
+    leading: int
+    """Dimensions that the engine searches; candidates are ranked on all of them."""
+    energy: float
+    """Share of the mean squared distance that a quarter of the dimensions holds."""
+    expansion: int = 1
+    """Candidates per neighbor."""
+    n_probe: int = 0
+    """Inverted lists that are read per query; 0 without lists."""
+    recall: float = 1.0
+    """Measured share of the true `NEAREST` neighbors that are found."""
+    goal: float = 0.99
+    """The recall that was asked for."""
+
+    def width(self, k: int) -> int:
+        """Candidates for k neighbors."""
+        return self.expansion * max(k, NEAREST) + SPARE
+
+
+def choose_kind(count: int, dimensions: int, kind: Kind | Literal["auto"], lists: bool) -> Kind:
+    """Pick the plainest kind that fits the size.
+
+    Args:
+        count: vectors in the pool.
+        dimensions: dimensions that the engine would search.
+        kind: what was asked for.
+        lists: whether the engine offers inverted lists.
+
+    Raises:
+        GradientIndexError: the kind is unknown, or cannot be had here.
+    """
+    if kind == "auto":
+        if count <= FLAT_LIMIT or not lists:
+            return "flat"
+        size = count * dimensions
+        return "ivf" if 4 * size <= MEMORY else "ivf-sq8" if size <= MEMORY else "ivf-pq"
+    if kind not in get_args(Kind):
+        raise GradientIndexError("unknown kind of index", got=repr(kind), allowed=", ".join(("auto", *get_args(Kind))))
+    if kind != "flat" and not lists:
+        raise GradientIndexError(
+            f"kind {kind!r} takes FAISS", got="the torch engine", allowed="auto, flat", fix="pip install faiss-cpu"
+        )
+    if count < SMALLEST[kind]:
+        raise GradientIndexError(
+            f"the pool is too small for kind {kind!r}",
+            got=f"{count} vectors",
+            allowed=f"{SMALLEST[kind]} or more",
+            fix="use kind='auto'",
+        )
+    return kind
+
+
+class RecallMeter:
+    """Recall of an engine on members of the pool, against exact search over all dimensions.
+
+    Args:
+        vectors: [N, R] the pool.
+        exact: an exact engine over it.
+        seed: which members are asked.
+    """
+
+    def __init__(self, vectors: Float32[np.ndarray, "N R"], exact: Backend, seed: int) -> None:
+        count = len(vectors)
+        self._members = np.sort(np.random.default_rng(seed).choice(count, min(QUERIES, count), replace=False))
+        self._vectors, self._queries = vectors, vectors[self._members]
+        self._exact = exact
+
+    @cached_property
+    def _truth(self) -> tuple[int, Float32[np.ndarray, " Q"]]:
+        """How many true neighbors there are, and the squared distance of each member's farthest."""
+        found = self._exact.candidates(self._queries, NEAREST + SPARE)
+        indptr, _, squares = rank(self._queries, self._vectors, found, NEAREST, excluded=self._members)
+        return len(squares), squares[indptr[1:] - 1]
+
+    def candidates(self, engine: Backend, leading: int, expansion: int) -> Candidates:
+        """What an engine proposes for the asked members.
+
+        Args:
+            engine: the engine to measure.
+            leading: dimensions that it searches.
+            expansion: candidates per neighbor.
+        """
+        return engine.candidates(np.ascontiguousarray(self._queries[:, :leading]), expansion * NEAREST + SPARE)
+
+    def recall(self, found: Candidates) -> float:
+        """Share of true neighbors among candidates; a member as near as the farthest true one counts, so ties cost nothing.
+
+        Args:
+            found: what an engine proposes.
+        """
+        indptr, _, squares = rank(self._queries, self._vectors, found, NEAREST, excluded=self._members)
+        total, edges = self._truth
+        return float((squares <= np.repeat(edges, np.diff(indptr))).sum() / total)
+
+    def fewest(self, engine: Backend, leading: int, goal: float) -> tuple[int, float]:
+        """Fewest candidates per neighbor that reach a recall, or the most that are tried, and what they reach.
+
+        Args:
+            engine: the engine to measure.
+            leading: dimensions that it searches.
+            goal: recall to reach.
+        """
+        found = self.candidates(engine, leading, EXPANSIONS[-1])
+
+        def cut(expansion: int) -> Candidates:
+            width = expansion * NEAREST + SPARE
+            return Candidates(found.positions[:, :width], np.minimum(found.counts, width))
+
+        return _first(EXPANSIONS, lambda expansion: self.recall(cut(expansion)), goal)
+
+
+def tune_lists(engine: FaissIVF, meter: RecallMeter, leading: int, goal: float) -> tuple[int, int, float]:
+    """Fewest candidates, then fewest lists, that reach a recall.
+
+    Args:
+        engine: filled inverted lists; left with the chosen number of probes.
+        meter: measures recall.
+        leading: dimensions that the engine searches.
+        goal: recall to reach.
+
+    Returns:
+        Candidates per neighbor, probed lists, and the recall that they reach.
+    """
+    probes = tuple(n for n in PROBES if n <= max(1, engine.lists // 4))
+    engine.n_probe = probes[-1]
+    expansion, _ = meter.fewest(engine, leading, goal)
+
+    def probed(n_probe: int) -> float:
+        engine.n_probe = n_probe
+        return meter.recall(meter.candidates(engine, leading, expansion))
+
+    n_probe, recall = _first(probes, probed, goal)
+    return expansion, n_probe, recall
+
+
+def _first(choices: tuple[int, ...], measure: Callable[[int], float], goal: float) -> tuple[int, float]:
+    """First choice that reaches a goal, or the last one, and what it reaches."""
+    reached = 0.0
+    for choice in choices:
+        reached = measure(choice)
+        if reached >= goal:
+            return choice, reached
+    return choices[-1], reached
