@@ -13,12 +13,16 @@ from typing import Annotated, Union
 import tyro
 
 from selector.cli.command import Command
+from selector.cli.index import IndexCommand, SearchCommand
 from selector.cli.inspect import InfoCommand, VerifyCommand
 from selector.cli.replay import RunCommand
 from selector.cli.score import ScoreCommand
+from selector.cli.select import SelectCommand
 from selector.errors import SelectorError
 
-COMMANDS: tuple[type[Command], ...] = (ScoreCommand, InfoCommand, VerifyCommand, RunCommand)
+COMMANDS: tuple[type[Command], ...] = (
+    ScoreCommand, InfoCommand, VerifyCommand, IndexCommand, SearchCommand, SelectCommand, RunCommand,
+)  # fmt: skip
 
 DESCRIPTION = "Choose post-training data by what each sample would do to the model."
 
