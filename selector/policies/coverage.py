@@ -11,10 +11,11 @@ grid on which sums are exact, so that a tie is a tie in whatever order the terms
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 
 from selector.errors import ConfigError
 from selector.neighbours import NeighbourLists
@@ -55,7 +56,7 @@ def k_center(pool: Pool, budget: Budget, *, seed: int) -> Picks:
 
 
 @POLICIES.register("facility-location")
-def facility_location(pool: Pool, budget: Budget, *, seed: int, k: int = 32, quality: float = 0.0) -> Picks:
+def facility_location(pool: Pool, budget: Budget, *, seed: int, k: int = 32, quality: int | float = 0.0) -> Picks:
     """The samples that together are most similar to the whole pool.
 
     Maximizes sum_i max_(j picked) s_ij over a symmetric graph of nearest neighbours. A pair without an edge counts as
@@ -80,21 +81,34 @@ def facility_location(pool: Pool, budget: Budget, *, seed: int, k: int = 32, qua
     neighbours = require(pool, "neighbours")
     if len(pool) == 0:
         return Picks(np.zeros(0, dtype=np.int64), texts([]))
-    graph, own = coverage_graph(neighbours.graph(k))
+    graph = coverage_graph(neighbours.graph(k))
     ranks = np.argsort(np.argsort(pool.values, kind="stable"), kind="stable") / max(len(pool) - 1, 1)
-    picked, gains = lazy_greedy(graph, own, _grid(quality * ranks * own), budget.meter(pool.n_tokens))
+    picked, gains = lazy_greedy(graph, _grid(quality * ranks * graph.itself), budget.meter(pool.n_tokens))
     return Picks(np.array(picked, dtype=np.int64), texts([f"adds coverage {gain:.3g}" for gain in gains]))
 
 
-def coverage_graph(lists: NeighbourLists) -> tuple[NeighbourLists, float]:
+@dataclass(frozen=True, eq=False)
+class CoverageGraph:
+    """Whom each sample covers, and how well: row j owns the entries `indptr[j]:indptr[j + 1]`."""
+
+    indptr: Int[np.ndarray, " _"]
+    """[N + 1] where each row begins, and the end of the last."""
+    positions: Int[np.ndarray, " E"]
+    """Samples that row j covers."""
+    weights: Float64[np.ndarray, " E"]
+    """How well, >= 0, on the grid."""
+    itself: float
+    """How well a sample covers itself, > 0, on the grid."""
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+
+def coverage_graph(lists: NeighbourLists) -> CoverageGraph:
     """Make neighbour lists symmetric and measure similarity from the least similar edge.
 
     Args:
         lists: neighbours of each of N samples.
-
-    Returns:
-        The graph, whose row j tells whom j covers and how well (> 0 but for the least similar edges), and what a
-        sample's similarity to itself is on that scale.
     """
     n = len(lists)
     covered = np.repeat(np.arange(n), np.diff(lists.indptr))
@@ -106,17 +120,14 @@ def coverage_graph(lists: NeighbourLists) -> tuple[NeighbourLists, float]:
     # an edge that is found from both ends is kept once
     edges, first = np.unique(ends[0] * n + ends[1], return_index=True)
     indptr = np.searchsorted(edges, np.arange(n + 1) * n)
-    return NeighbourLists(indptr, edges % n, _grid(weight[first])), max(_grid(itself - floor), 1 / GRID)
+    return CoverageGraph(indptr, edges % n, _grid(weight[first]), max(float(_grid(itself - floor)), 1 / GRID))
 
 
-def lazy_greedy(
-    graph: NeighbourLists, own: float, bonus: Float[np.ndarray, " N"], meter: Meter
-) -> tuple[list[int], list[float]]:
+def lazy_greedy(graph: CoverageGraph, bonus: Float[np.ndarray, " N"], meter: Meter) -> tuple[list[int], list[float]]:
     """Greedy maximization of coverage plus a bonus for each pick.
 
     Args:
-        graph: row j: whom j covers, and how well.
-        own: how well a sample covers itself.
+        graph: whom each sample covers.
         bonus: [N] what a pick is worth in itself, >= 0.
         meter: what is left of the budget.
 
@@ -124,7 +135,7 @@ def lazy_greedy(
         Positions in the order of picking, ties to the smaller one, and the gain of each.
     """
     n = len(graph)
-    indptr, others, weights = graph.indptr.tolist(), graph.positions, graph.similarities
+    indptr, others, weights, own = graph.indptr.tolist(), graph.positions, graph.weights, graph.itself
     best = np.zeros(n)
     gains = bonus + own + np.bincount(np.repeat(np.arange(n), np.diff(graph.indptr)), weights=weights, minlength=n)
     heap = [(-gain, j) for j, gain in enumerate(gains.tolist())]
@@ -153,13 +164,3 @@ def lazy_greedy(
 
 def _grid(similarity: Any) -> Any:
     return np.round(similarity * GRID) / GRID
-
-
-def coverage(similarity: Float[np.ndarray, "N N"], picked: Int[np.ndarray, " K"]) -> float:
-    """Value of the exact objective: sum over samples of the similarity to the nearest picked one.
-
-    Args:
-        similarity: of all pairs.
-        picked: positions.
-    """
-    return float(similarity[:, picked].max(axis=1).sum()) if len(picked) else 0.0

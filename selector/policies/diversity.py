@@ -20,7 +20,7 @@ DIGITS = 9
 
 
 @POLICIES.register("coding-rate")
-def coding_rate(pool: Pool, budget: Budget, *, seed: int, epsilon: float = 0.5) -> Picks:
+def coding_rate(pool: Pool, budget: Budget, *, seed: int, epsilon: int | float = 0.5) -> Picks:
     """The samples whose directions need the most bits to code.
 
     Maximizes log det(I + Z^T Z / epsilon^2) over the picked samples' unit vectors Z. The gain of a sample with unit
@@ -59,7 +59,7 @@ def coding_rate(pool: Pool, budget: Budget, *, seed: int, epsilon: float = 0.5) 
 
 
 @POLICIES.register("mmr")
-def mmr(pool: Pool, budget: Budget, *, seed: int, trade: float = 0.5) -> Picks:
+def mmr(pool: Pool, budget: Budget, *, seed: int, trade: int | float = 0.5) -> Picks:
     """Maximal marginal relevance: trade x rank of the score - (1 - trade) x largest cosine with a picked sample.
 
     Source: Carbonell and Goldstein 1998, The use of MMR.

@@ -11,8 +11,6 @@ A filter fills the budget only as far as samples are left; each says how many it
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
@@ -24,7 +22,7 @@ from selector.types import Picks
 
 
 @POLICIES.register("deduplicate")
-def deduplicate(pool: Pool, budget: Budget, *, seed: int, threshold: float = 0.95) -> Picks:
+def deduplicate(pool: Pool, budget: Budget, *, seed: int, threshold: int | float = 0.95) -> Picks:
     """The highest scores among samples of which none is a near-duplicate of a better one.
 
     Args:
@@ -63,7 +61,7 @@ def mutual_knn(pool: Pool, budget: Budget, *, seed: int, k: int = 10, minimum: i
 
 
 @POLICIES.register("mahalanobis")
-def mahalanobis(pool: Pool, budget: Budget, *, seed: int, drop: float = 0.05) -> Picks:
+def mahalanobis(pool: Pool, budget: Budget, *, seed: int, drop: int | float = 0.05) -> Picks:
     """The highest scores among samples that lie close to the target examples, or to the pool itself.
 
     Source: Lee et al. 2018, A simple unified framework for detecting out-of-distribution samples (arXiv 1807.03888).
@@ -90,9 +88,9 @@ def opposing_signals(
     budget: Budget,
     *,
     seed: int,
-    cosine: float = 0.5,
-    large: float = 0.9,
-    drop: Literal["both", "worse"] = "both",
+    cosine: int | float = 0.5,
+    large: int | float = 0.9,
+    drop: str = "both",
 ) -> Picks:
     """The highest scores among samples without a large gradient that another large gradient points against.
 
@@ -125,7 +123,7 @@ def opposing_signals(
 
 
 @POLICIES.register("source-agreement")
-def source_agreement(pool: Pool, budget: Budget, *, seed: int, minimum: float = 0.0) -> Picks:
+def source_agreement(pool: Pool, budget: Budget, *, seed: int, minimum: int | float = 0.0) -> Picks:
     """The highest scores among sources whose mean gradient agrees with those of the others.
 
     Source: Generalizing Few-Shot NAS with Gradient Matching.

@@ -9,7 +9,7 @@ out simply stops queueing, and the others go on in proportion. For samples this 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -49,7 +49,7 @@ def quota(
     budget: Budget,
     *,
     seed: int,
-    shares: Mapping[str, float] | Literal["equal", "proportional"] = "equal",
+    shares: Mapping[str, int | float] | str = "equal",
     within: str = "top",
     options: Mapping[str, Any] | None = None,
 ) -> Picks:
@@ -97,7 +97,7 @@ def proportional(pool: Pool, budget: Budget, *, seed: int, within: str = "top") 
 
 @POLICIES.register("cluster-quota")
 def cluster_quota(
-    pool: Pool, budget: Budget, *, seed: int, clusters: int = 64, balance: float = 1.0, within: str = "top"
+    pool: Pool, budget: Budget, *, seed: int, clusters: int = 64, balance: int | float = 1.0, within: str = "top"
 ) -> Picks:
     """A share of the budget for each cluster of similar samples.
 
@@ -150,7 +150,7 @@ def _divide(
     return Picks(picked, reasons, removed={"no quota": unnamed} if unnamed else {})
 
 
-def _named_shares(shares: Mapping[str, float], names: list[str]) -> Float[np.ndarray, " G"]:
+def _named_shares(shares: Mapping[str, int | float], names: list[str]) -> Float[np.ndarray, " G"]:
     unknown = [name for name in shares if name not in names]
     if unknown:
         raise ConfigError(

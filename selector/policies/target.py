@@ -6,8 +6,6 @@ target-subspace    share of a sample's gradient that lies in the span of the tar
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from jaxtyping import Float
 
@@ -18,7 +16,7 @@ from selector.types import Picks
 
 
 @POLICIES.register("match-target")
-def match_target(pool: Pool, budget: Budget, *, seed: int, over: Literal["max", "mean"] = "max") -> Picks:
+def match_target(pool: Pool, budget: Budget, *, seed: int, over: str = "max") -> Picks:
     """The samples that rank highest in similarity to the target examples.
 
     Each target ranks the whole pool by cosine. Ranks, unlike cosines, weigh a target in a sparse region as much as one
