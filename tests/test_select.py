@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from selector.errors import ConfigError, SelectionError
 from selector.scores import write_scores
-from selector.select import matched_random, select
+from selector.selecting import matched_random, select
 from selector.selection import Selection
 from selector.testing import make_pool, shuffled
 

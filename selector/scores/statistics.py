@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from selector.types import Scores
 
@@ -29,7 +29,7 @@ def length_correlation(scores: Scores) -> LengthCorrelation:
     return LengthCorrelation(spearman(scores.raw, scores.n_tokens), spearman(scores.values, scores.n_tokens))
 
 
-def spearman(a: Float[np.ndarray, " N"], b: Float[np.ndarray, " N"]) -> float:
+def spearman(a: Num[np.ndarray, " N"], b: Num[np.ndarray, " N"]) -> float:
     """Spearman rank correlation, ties sharing their mean rank, over the pairs where both are finite.
 
     Args:
@@ -46,7 +46,7 @@ def spearman(a: Float[np.ndarray, " N"], b: Float[np.ndarray, " N"]) -> float:
     return float(x @ y / norm) if norm > 0 else float("nan")
 
 
-def mean_ranks(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+def mean_ranks(values: Num[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """Rank of each value from 1, equal values sharing the mean of their ranks.
 
     Args:

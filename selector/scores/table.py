@@ -71,7 +71,7 @@ def write_scores(path: str | Path, scores: Mapping[str, Scores]) -> None:
     pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, sink.getvalue())
+    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def read_provenance(path: str | Path) -> dict[str, dict[str, Any]]:

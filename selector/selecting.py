@@ -24,7 +24,7 @@ LENGTH_BINS = 20
 def select(
     scored: FeatureStore | Scores | str | Path,
     by: str | None = None,
-    budget: Budget | float | str = 0.1,
+    budget: Budget | int | float | str = 0.1,
     policy: str = "top",
     *,
     control: str | LengthControl = "length",
