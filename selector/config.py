@@ -129,7 +129,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError("the settings file cannot be read", got=error, fix="check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no YAML that can be loaded safely", got=error, allowed="plain values") from error
+        raise ConfigError(f"{path} is no YAML that can be loaded safely", got=error, allowed="plain values", fix="remove tags that begin with !") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no settings", got=type(values).__name__, allowed="a mapping of names to values")
     return values
@@ -181,6 +181,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, arg) for arg in args)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
     if hint is type(None):
         return value is None
     if hint is float:

@@ -13,6 +13,7 @@ from typing import Annotated, Union
 import tyro
 
 from selector.cli.command import Command
+from selector.cli.demo import DemoCommand
 from selector.cli.index import IndexCommand, SearchCommand
 from selector.cli.inspect import InfoCommand, VerifyCommand
 from selector.cli.replay import RunCommand
@@ -21,7 +22,7 @@ from selector.cli.select import SelectCommand
 from selector.errors import SelectorError
 
 COMMANDS: tuple[type[Command], ...] = (
-    ScoreCommand, InfoCommand, VerifyCommand, IndexCommand, SearchCommand, SelectCommand, RunCommand,
+    DemoCommand, ScoreCommand, InfoCommand, VerifyCommand, IndexCommand, SearchCommand, SelectCommand, RunCommand,
 )  # fmt: skip
 
 DESCRIPTION = "Choose post-training data by what each sample would do to the model."

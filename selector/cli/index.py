@@ -87,12 +87,15 @@ class SearchCommand(Command):
         rows = load_rows(self.data, self.split) if self.data is not None else None
         out = console()
         for query, (ids, similarities) in zip(self.ids, found, strict=True):
-            table = Table("similarity", "sample", *index.metadata_columns, *(["text"] if rows is not None else []), title=f"{'opposite to' if self.opposing else 'near'} {query}")
-            for sample_id, similarity in zip(ids, similarities, strict=True):
-                metadata = index.metadata(sample_id)
-                cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in metadata.values()]
-                text = [preview(rows[metadata["row"]])] if rows is not None and "row" in metadata else []
-                table.add_row(f"{similarity:.4f}", sample_id, *cells, *text)
+            metadata = index.metadata(ids)
+            texts = [preview(rows[row]) for row in metadata["row"].to_pylist()] if rows is not None else None
+            shown = metadata.drop_columns("row")
+            table = Table("similarity", "sample", *shown.column_names, title=f"{'opposite to' if self.opposing else 'near'} {query}")
+            if texts is not None:
+                table.add_column("text")
+            for i, (sample_id, similarity) in enumerate(zip(ids, similarities, strict=True)):
+                cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown.slice(i, 1).to_pylist()[0].values()]
+                table.add_row(f"{similarity:.4f}", sample_id, *cells, *(texts[i : i + 1] if texts is not None else []))
             out.print(table)
         return 0
 

@@ -7,7 +7,7 @@ answer does not depend on the engine's rounding, on the batch it was asked in, o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
@@ -28,6 +28,7 @@ class Candidates:
     """How many of a row are valid."""
 
 
+@runtime_checkable
 class Backend(Protocol):
     """A search engine over the leading d dimensions of a pool, by Euclidean distance."""
 

@@ -310,6 +310,17 @@ class GradientIndex:
             )
         return rows[found.to_numpy()]
 
+    def metadata(self, ids: Sequence[str] | np.ndarray) -> pa.Table:
+        """Metadata columns of some members, one row each.
+
+        Args:
+            ids: [Q] sample ids.
+
+        Raises:
+            GradientIndexError: an id is not in the index.
+        """
+        return self._members.take(self.positions(list(ids))).drop_columns("sample_id")
+
     def add(
         self,
         ids: Sequence[str] | np.ndarray,

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from selector.errors import ConfigError, SelectorError, did_you_mean
 from selector.spectra.linalg import eigenvalues, semidefinite_factor
+from selector.spectra.threads import over_batch
 
 Precision = Literal["fast", "high", "reference", "auto"]
 
@@ -186,11 +187,11 @@ def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list
     """With xᵀ = Q R and deltaᵀ = P S (QR), G = P (S Rᵀ) Qᵀ has the singular values of S Rᵀ."""
     live = torch.stack([(delta != 0).any(-1) for delta in deltas]).any(0)
     x, x_ok = _finite(x.double().masked_fill(~live.unsqueeze(-1), 0.0))
-    right = torch.linalg.qr(x.mT, mode="r").R.mT
+    right = over_batch(_triangle, x.mT).mT
     cores = []
     for delta in deltas:
         delta, ok = _finite(delta.double())
-        matrix = torch.linalg.qr(delta.mT, mode="r").R @ right
+        matrix = over_batch(_triangle, delta.mT) @ right
         scale = torch.where(x_ok & ok, 1.0, torch.nan)
         norms = torch.linalg.matrix_norm(x) * torch.linalg.matrix_norm(delta)
         size = matrix.shape[-1]
@@ -201,6 +202,10 @@ def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list
             )
         )  # fmt: skip
     return cores
+
+
+def _triangle(matrices: Tensor) -> Tensor:
+    return torch.linalg.qr(matrices, mode="r").R
 
 
 def _gradient_core(x: Tensor, delta: Tensor, precision: str) -> Core:
@@ -246,7 +251,7 @@ def _solve_group(cores: list[Core], memory: int | None) -> list[Tensor]:
 def _solve_chunk(cores: list[Core]) -> list[Tensor]:
     matrices = torch.cat([core.matrix for core in cores])
     if not cores[0].squared:
-        values = torch.linalg.svdvals(matrices)
+        values = over_batch(torch.linalg.svdvals, matrices)
     else:
         if cores[0].left is not None:
             lefts = {id(core.left): core.left for core in cores}
