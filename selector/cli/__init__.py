@@ -14,11 +14,13 @@ import tyro
 
 from selector.cli.command import Command
 from selector.cli.inspect import InfoCommand, VerifyCommand
+from selector.cli.merge import MergeCommand
 from selector.cli.replay import RunCommand
 from selector.cli.score import ScoreCommand
+from selector.cli.transfer import TransferCommand
 from selector.errors import SelectorError
 
-COMMANDS: tuple[type[Command], ...] = (ScoreCommand, InfoCommand, VerifyCommand, RunCommand)
+COMMANDS: tuple[type[Command], ...] = (ScoreCommand, InfoCommand, VerifyCommand, MergeCommand, TransferCommand, RunCommand)
 
 DESCRIPTION = "Choose post-training data by what each sample would do to the model."
 
