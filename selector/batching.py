@@ -7,7 +7,8 @@ included. Which samples share a batch has no effect on any score.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,26 +53,57 @@ def deal(samples: Sequence[Sample], ranks: int) -> list[list[Sample]]:
     return shares
 
 
-def token_budget_batches(samples: Sequence[Sample], tokens_per_batch: int) -> list[list[Sample]]:
-    """Group samples of like length, longest first, so that the batch most likely to exhaust the memory comes first.
+class BatchQueue:
+    """Samples in batches of like length, longest first, so that the batch most likely to exhaust the memory comes first.
+
+    The budget may change while the queue is emptied; only what is left is packed anew.
 
     Args:
         samples: what is to be scored, any order.
         tokens_per_batch: most tokens of a batch, padding included; a longer single sample gets a batch of its own.
     """
 
-    def width(sample: Sample) -> int:
-        return max(map(len, sample.sequences))
+    def __init__(self, samples: Iterable[Sample], tokens_per_batch: int) -> None:
+        self.tokens_per_batch = tokens_per_batch
+        self._samples = deque(sorted(samples, key=lambda s: (len(s.sequences), -_width(s), s.row)))
 
-    batches: list[list[Sample]] = []
-    for sample in sorted(samples, key=lambda s: (len(s.sequences), -width(s), s.row)):
-        current = batches[-1] if batches else []
-        sequences = len(sample.sequences)
-        fits = current and len(current[0].sequences) == sequences
-        if fits and (len(current) + 1) * sequences * width(current[0]) <= tokens_per_batch:
-            current.append(sample)
-        else:
-            batches.append([sample])
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def pop(self) -> list[Sample]:
+        """The next batch."""
+        batch = [self._samples.popleft()]
+        sequences, width = len(batch[0].sequences), _width(batch[0])
+        while self._samples and len(self._samples[0].sequences) == sequences:
+            if (len(batch) + 1) * sequences * width > self.tokens_per_batch:
+                break
+            batch.append(self._samples.popleft())
+        return batch
+
+    def put_back(self, batch: Sequence[Sample]) -> None:
+        """Return a batch that could not be measured, for another try under a smaller budget.
+
+        Args:
+            batch: what `pop` returned last.
+        """
+        self._samples.extendleft(reversed(batch))
+
+
+def _width(sample: Sample) -> int:
+    return max(map(len, sample.sequences))
+
+
+def token_budget_batches(samples: Iterable[Sample], tokens_per_batch: int) -> list[list[Sample]]:
+    """All batches of a queue under one budget.
+
+    Args:
+        samples: what is to be scored, any order.
+        tokens_per_batch: most tokens of a batch, padding included; a longer single sample gets a batch of its own.
+    """
+    queue = BatchQueue(samples, tokens_per_batch)
+    batches = []
+    while queue:
+        batches.append(queue.pop())
     return batches
 
 

@@ -7,6 +7,7 @@ never continued with another. An *execution* field changes only how the work is 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -62,10 +63,15 @@ class ScoreConfig:
     dtype: Dtype = _identity("auto")
     """Number format of the model; auto is float32 on CPU and the checkpoint's own on GPUs."""
 
+    sketch_dimension: int = _identity(0)
+    """Numbers per layer and projection of a random sketch of each gradient, a square such as 16; none when 0."""
+
     limit: int | None = _execution(None)
     """Score only the first so many rows; a later run with a larger limit adds the rest."""
-    tokens_per_batch: int = _execution(4096)
-    """Budget of tokens, padding included, of one forward and backward pass."""
+    append: bool = _execution(False)
+    """Score rows that were added at the end of the data set since the store was begun, too."""
+    tokens_per_batch: int | None = _execution(None)
+    """Budget of tokens, padding included, of one forward and backward pass; found from the device's memory when none."""
     shard_rows: int = _execution(512)
     """Samples per shard file of the store; a crash loses at most the shards not yet written."""
     max_failed: float = _execution(0.01)
@@ -74,10 +80,12 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         problems: list[SelectorError] = []
         for name in ("max_length", "tokens_per_batch", "shard_rows"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 problems.append(ConfigError(f"{name} is too small", got=getattr(self, name), allowed="1 or more"))
         if self.limit is not None and self.limit < 1:
             problems.append(ConfigError("limit is too small", got=self.limit, allowed="1 or more, or none"))
+        if self.sketch_dimension < 0 or math.isqrt(self.sketch_dimension) ** 2 != self.sketch_dimension:
+            problems.append(ConfigError("sketch_dimension is no square", got=self.sketch_dimension, allowed="0, 1, 4, 9, 16, 64, 256"))
         if not 0 <= self.max_failed <= 1:
             problems.append(ConfigError("max_failed is no share", got=self.max_failed, allowed="0 to 1"))
         if not self.projections:

@@ -26,7 +26,7 @@ from selector.scores.aggregate import feature_scale
 from selector.scores.length import CONTROLS, control_class, natural_spline
 from selector.store import FeatureStore, StoreWriter
 from selector.store.schema import Manifest
-from selector.store.writer import create_or_check
+from selector.store.writer import create
 from selector.types import MEASURES, LayerSpec
 
 LAYERS = tuple(
@@ -39,7 +39,8 @@ LAYERS = tuple(
 def make_store(path, n=400, *, seed=0, failed=(), order=None, shard_rows=64):
     """A store whose effective rank grows with length and carries a small quality of its own."""
     rng = np.random.default_rng(seed)
-    manifest = create_or_check(path, Manifest(identity={"model": "made up"}, layers=LAYERS, expected=n))
+    manifest = Manifest(identity={"model": "made up"}, layers=LAYERS, expected=n)
+    create(path, manifest)
     writer = StoreWriter(path, manifest, shard_rows=shard_rows)
     n_loss = np.exp(rng.uniform(np.log(4), np.log(500), n)).astype(int)
     n_prompt = np.exp(rng.uniform(np.log(4), np.log(200), n)).astype(int)

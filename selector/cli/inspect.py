@@ -13,6 +13,9 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from selector.cli.command import Command, console
+from selector.cli.replay import RunCommand
+from selector.errors import StoreError
+from selector.store.schema import CONFIG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,23 +62,36 @@ class InfoCommand(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyCommand(Command):
-    """Check every shard of a feature store: checksums, owner, columns, missing and doubled samples.
+    """Check every file of a feature store: checksums, owner, columns, missing and doubled samples.
 
-    Example: selector verify features/
+    Example: selector verify features/ --repair
     """
 
     name: ClassVar[str] = "verify"
 
     store: Annotated[Path, Positional]
     """Directory of the feature store."""
+    repair: bool = False
+    """Move what is damaged to quarantine/ and score what is missing again."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint when samples are scored again."""
 
     def run(self) -> int:
         from selector.store import FeatureStore
+        from selector.store.verify import inspect, repair
 
-        store = FeatureStore.open(self.store)
-        problems = store.verify()
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
-        if not problems:
+        manifest, damages = inspect(self.store)
+        if manifest is None and not (self.store / CONFIG).is_file():
+            raise StoreError(f"no feature store at {self.store}", got="neither a manifest nor settings", fix="make one with `selector score`")
+        for damage in damages:
+            print(f"error: {damage.error}", file=sys.stderr)
+        if damages and self.repair:
+            repair(self.store, damages, manifest)
+            code = RunCommand(settings_from=self.store, trust_remote_code=self.trust_remote_code).run()
+            manifest, damages = inspect(self.store)
+            if code:
+                return code
+        if not damages:
+            store = FeatureStore.open(self.store)
             console().print(f"{store.path}: {len(store):,} samples in {len(store.shard_paths())} shards, all sound")
-        return 1 if problems else 0
+        return 1 if damages else 0

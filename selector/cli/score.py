@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.table import Table
 from tyro.conf import OmitArgPrefixes
@@ -15,6 +16,8 @@ from selector.cli.command import Command, console
 from selector.config import ScoreConfig
 
 if TYPE_CHECKING:
+    from selector.scorer.cost import Estimate
+    from selector.scorer.plan import Plan
     from selector.store import FeatureStore
 
 EXIT_TOO_MANY_FAILED = 3
@@ -37,6 +40,8 @@ class ScoreCommand(Command):
     """JSONL, JSON, Parquet or CSV file, folder saved by datasets, or name on the hub."""
     out: Path
     """Directory of the feature store."""
+    dry_run: bool = False
+    """Do all checks, measure a few batches, say what the run would cost, and write nothing."""
     split: str = "train"
     """Which split, where there are several."""
     config: OmitArgPrefixes[ScoreConfig] = field(default_factory=ScoreConfig)
@@ -47,30 +52,71 @@ class ScoreCommand(Command):
     """Accept weights that are not safetensors; never taken from a settings file."""
 
     def run(self) -> int:
-        from accelerate import PartialState
-
         from selector.data.load import load_rows
         from selector.errors import SelectorError, raise_all
-        from selector.scorer import load_model, score_dataset
+        from selector.scorer import estimate_run, load_model, score_dataset
+        from selector.scorer.processes import process_state, together
+        from selector.scorer.sharding import wants_sharding
 
-        state = PartialState()
+        state = process_state()
+        if not state.is_main_process:
+            logging.getLogger("selector").setLevel(logging.WARNING)
         problems: list[SelectorError] = []
         dataset = model = tokenizer = None
-        try:
-            dataset = load_rows(self.data, self.split)
-        except SelectorError as error:
-            problems.append(error)
-        try:
-            model, tokenizer = load_model(
-                self.model, self.config.dtype, device=state.device,
-                trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
-            )  # fmt: skip
-        except SelectorError as error:
-            problems.append(error)
-        raise_all(problems)
+        with together(state):
+            try:
+                dataset = load_rows(self.data, self.split)
+            except SelectorError as error:
+                problems.append(error)
+            try:
+                model, tokenizer = load_model(
+                    self.model, self.config.dtype, device="cpu" if wants_sharding() else state.device,
+                    trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
+                )  # fmt: skip
+            except SelectorError as error:
+                problems.append(error)
+            raise_all(problems)
         assert dataset is not None and model is not None and tokenizer is not None
+        if self.dry_run:
+            plan, estimate = estimate_run(model, tokenizer, dataset, self.out, self.config)
+            if state.is_main_process:
+                show_estimate(plan, estimate)
+            return 0
         store = score_dataset(model, tokenizer, dataset, self.out, self.config, command=self.settings())
         return summarize(store, self.config.max_failed) if state.is_main_process else 0
+
+    def settings(self) -> dict[str, Any]:
+        return {name: value for name, value in super().settings().items() if name != "dry_run"}
+
+
+def show_estimate(plan: Plan, estimate: Estimate | None) -> None:
+    """Print what a run would do and cost.
+
+    Args:
+        plan: its samples and layers.
+        estimate: its cost; None when nothing is left to measure.
+    """
+    from selector.scorer.progress import duration
+
+    table = Table("", "", title="dry run: nothing was written", show_header=False)
+    layers = {target.spec.layer for target in plan.targets}
+    projections = list(dict.fromkeys(target.spec.projection for target in plan.targets))
+    table.add_row("layers matched", f"{len(layers)} layers: {', '.join(projections)}; {len(plan.targets)} matrices")
+    statuses = Counter(sample.status for sample in plan.samples)
+    table.add_row("samples", ", ".join(f"{count:,} {status}" for status, count in statuses.most_common()))
+    table.add_row("truncated", f"{sum(sample.truncated for sample in plan.samples):,}")
+    table.add_row("repeated rows", f"{plan.duplicates:,}")
+    if estimate is None:
+        table.add_row("left to measure", "nothing")
+    else:
+        table.add_row("left to measure", f"{estimate.samples:,} samples, {estimate.tokens:,} tokens")
+        table.add_row("time", f"about {duration(estimate.seconds)}, {estimate.tokens / estimate.seconds:,.0f} tokens/s")
+        table.add_row("cost", f"{estimate.epoch_ratio:.2f} times an epoch of training on them (reckoned as three forward passes)")
+        table.add_row("batches", f"{estimate.tokens_per_batch:,} tokens")
+        if estimate.peak_memory is not None:
+            table.add_row("peak memory", f"{estimate.peak_memory / 2**30:.1f} GiB per device")
+        table.add_row("store", f"about {estimate.store_bytes / 2**20:,.1f} MiB")
+    console().print(table)
 
 
 def summarize(store: FeatureStore, max_failed: float) -> int:
@@ -84,6 +130,7 @@ def summarize(store: FeatureStore, max_failed: float) -> int:
         0, or 3 when more samples failed.
     """
     statuses = Counter(store.to_arrow(["status"])["status"].to_pylist())
+    total = sum(statuses.values())
     table = Table("status", "samples", title=f"feature store {store.path}")
     for status, count in statuses.most_common():
         table.add_row(status, f"{count:,}")
@@ -94,9 +141,9 @@ def summarize(store: FeatureStore, max_failed: float) -> int:
         rate = cost["samples"] / max(cost["seconds"], 1e-9)
         out.print(
             f"last run: {cost['samples']:,} samples, {cost['tokens']:,} tokens in {cost['seconds']:.1f} s "
-            f"({rate:.1f} samples/s) on {cost['processes']} x {cost['device']}"
+            f"({rate:.1f} samples/s) on {cost['processes']} x {cost['device']}, {cost['device_seconds']:,.0f} device seconds; "
+            f"{cost['epoch_ratio'] or 0:.2f} times an epoch of training; {cost['store_bytes'] / max(total, 1):,.0f} bytes per sample"
         )
-    total = sum(statuses.values())
     failed = total - statuses["ok"]
     if failed > max_failed * total:
         print(

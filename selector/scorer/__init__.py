@@ -1,6 +1,6 @@
 """The one room where data, gradients, spectra and store meet: a data set and a model in, a feature store out."""
 
 from selector.scorer.models import load_model
-from selector.scorer.run import score_dataset
+from selector.scorer.run import estimate_run, score_dataset
 
-__all__ = ["load_model", "score_dataset"]
+__all__ = ["estimate_run", "load_model", "score_dataset"]

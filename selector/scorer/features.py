@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from selector.data.samples import Sample
 from selector.gradients.capture import GradientCapture, LayerFactors, gradients_of_activations_only
 from selector.gradients.losses import response_loss
 from selector.gradients.targets import Target
-from selector.spectra import Core, measures, reduce_factors, solve
+from selector.spectra import Core, SketchConfig, measures, reduce_factors, sketch, solve
 from selector.types import MEASURES
 
 
@@ -29,12 +30,16 @@ class FeatureExtractor:
         model: a causal language model on its device.
         targets: the layer table.
         precision: how exactly spectra are computed.
+        sketch: how gradients are sketched; not at all when None.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], precision: Precision) -> None:
-        self.model, self.targets, self.precision = model, targets, precision
+    def __init__(self, model: nn.Module, targets: Sequence[Target], precision: Precision, sketch: SketchConfig | None = None) -> None:
+        self.model, self.targets, self.precision, self.sketch = model, targets, precision, sketch
+        self.forward_seconds = 0.0
+        """Time that forward passes have taken so far: the unit in which a training step is reckoned."""
         self._position = {target.spec.key: i for i, target in enumerate(targets)}
         self._cores: dict[int, Core] = {}
+        self._sketches: dict[int, Tensor] = {}
         self._capture = GradientCapture(model, targets, self._take)
 
     @contextmanager
@@ -52,15 +57,19 @@ class FeatureExtractor:
         Returns:
             The row of the feature store of each sample.
         """
-        self._cores = {}
+        self._cores, self._sketches = {}, {}
         self._capture.begin(batch.sequences_per_sample)
+        clock = Stopwatch(batch.input_ids.device)
         with torch.enable_grad():
-            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            with clock:
+                logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
             losses = response_loss(logits, batch)
             losses.sum().backward()
         self._capture.finish()
         measured = sorted(self._cores)
         features = self._features(len(batch.samples))
+        sketches = self._joined_sketches(len(batch.samples))
+        self.forward_seconds += clock.seconds()
         rows = []
         for i, loss in enumerate(losses.detach().tolist()):
             norms = features["frobenius_norm"][i, measured]
@@ -68,12 +77,16 @@ class FeatureExtractor:
                 status = "nonfinite"
             else:
                 status = "ok" if norms.any() else "zero_gradient"
-            rows.append(sample_row(batch.samples[i], status, loss, {name: features[name][i] for name in MEASURES}))
+            values = {name: matrix[i] for name, matrix in (features | sketches).items()}
+            rows.append(sample_row(batch.samples[i], status, loss, values))
         return rows
 
     def _take(self, factors: LayerFactors) -> None:
         cores = reduce_factors(factors.x, factors.deltas, precision=self.precision)
-        self._cores.update({self._position[spec.key]: core for spec, core in zip(factors.specs, cores, strict=True)})
+        for spec, core, delta in zip(factors.specs, cores, factors.deltas, strict=True):
+            self._cores[self._position[spec.key]] = core
+            if self.sketch is not None:
+                self._sketches[self._position[spec.key]] = sketch(factors.x, delta, spec.key, self.sketch)
 
     def _features(self, n_samples: int) -> dict[str, np.ndarray]:
         """Each measure as float32 [N, F]; NaN where a layer got no gradient."""
@@ -87,6 +100,46 @@ class FeatureExtractor:
         self._cores = {}
         return features
 
+    def _joined_sketches(self, n_samples: int) -> dict[str, np.ndarray]:
+        """Sketches as float16 [N, F d], each layer divided by its largest number, and these as float32 [N, F]."""
+        if self.sketch is None:
+            return {}
+        missing = torch.full((n_samples, self.sketch.dimension), float("nan"))
+        layers = torch.stack([self._sketches[i].cpu() if i in self._sketches else missing for i in range(len(self.targets))], dim=1)
+        scale = layers.abs().amax(-1, keepdim=True)
+        self._sketches = {}
+        joined = (layers / scale.masked_fill(scale == 0, 1.0)).half().flatten(1)
+        return {"sketch": joined.numpy(), "sketch_scale": scale.squeeze(-1).numpy()}
+
+
+class Stopwatch:
+    """Times a block on a device without making it wait.
+
+    Args:
+        device: where the block's work runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+
+    def __enter__(self) -> Stopwatch:
+        self._started = time.perf_counter()
+        if self._events:
+            self._events[0].record()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._seconds = time.perf_counter() - self._started
+        if self._events:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """Length of the block; to be asked after its results were used, for the answer waits for them."""
+        if self._events:
+            self._events[1].synchronize()
+            return self._events[0].elapsed_time(self._events[1]) / 1000
+        return self._seconds
+
 
 def sample_row(
     sample: Sample, status: str, loss: float | None = None, features: dict[str, np.ndarray] | None = None
@@ -97,7 +150,7 @@ def sample_row(
         sample: what was scored.
         status: what became of it.
         loss: nats per token.
-        features: float32 [F] for each measure.
+        features: float32 [F] for each measure, and the sketch where there is one.
     """
     scored = status == "ok" and features is not None
     return {
@@ -109,5 +162,5 @@ def sample_row(
         "truncated": sample.truncated,
         "status": status,
         "loss": loss if scored else None,
-        **{name: features[name] if scored else None for name in MEASURES},
+        **(features if scored else dict.fromkeys(MEASURES)),
     }

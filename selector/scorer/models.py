@@ -11,6 +11,7 @@ from torch import nn
 
 from selector.config import Dtype
 from selector.errors import ModelError, SelectorError, raise_all
+from selector.scorer.sharding import whole
 from selector.store.schema import fingerprint
 
 if TYPE_CHECKING:
@@ -67,17 +68,18 @@ def model_fingerprint(model: nn.Module) -> str:
     """Hash of a model's architecture and of evenly spaced values of every parameter.
 
     It is taken from the model in memory, so that it also tells apart models that were changed after loading; it reads
-    64 values per parameter, whatever the model's size.
+    64 values per parameter, whatever the model's size. A sharded model has the fingerprint of the whole one.
 
     Args:
         model: any module, on any device.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        positions = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLED_VALUES, flat.numel()), device=flat.device).long()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(flat[positions].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        with whole(parameter) as values:
+            flat = values.reshape(-1)
+            positions = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLED_VALUES, flat.numel()), device=flat.device).long()
+            digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+            digest.update(flat[positions].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

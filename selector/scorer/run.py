@@ -1,137 +1,45 @@
 """Score a data set: check everything, then measure what is not measured yet, shard by shard.
 
 Every process encodes the data set and computes the same plan; each then works through its own share without waiting for
-the others. Nothing is written before all checks have passed.
+the others. Nothing is written before all checks have passed. Whatever kills a run, the shards that it has renamed are
+whole, and the same call finishes the rest, on any number of processes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from tqdm import tqdm
 
-from selector.batching import collate, deal, token_budget_batches
+from selector.batching import deal, token_budget_batches
 from selector.config import ScoreConfig, save_yaml
-from selector.data.ids import column_ids, content_hash, content_ids
-from selector.data.layout import Layout, recognize
-from selector.data.samples import Encoder, Sample
-from selector.errors import DataError, SelectorError, raise_all
-from selector.gradients.targets import Target, find_targets
-from selector.runtime import versions
+from selector.data.samples import Sample
+from selector.scorer.checks import self_test
+from selector.scorer.cost import Estimate, device_name, estimate, ledger_entry
 from selector.scorer.features import FeatureExtractor, sample_row
-from selector.scorer.models import model_fingerprint, tokenizer_fingerprint
+from selector.scorer.measure import DEFAULT_BUDGET, find_budget, measure, measure_in_step
+from selector.scorer.plan import Plan, plan
+from selector.scorer.processes import finished_rows, from_main, most, on_every_file_system, process_state, together
+from selector.scorer.progress import Progress
+from selector.scorer.sharding import is_sharded, shard
+from selector.spectra import SketchConfig
 from selector.store.reader import FeatureStore
-from selector.store.schema import CONFIG, MANIFEST, Manifest, fingerprint
-from selector.store.writer import StoreWriter, create_or_check, write_atomically
+from selector.store.schema import CONFIG, Manifest
+from selector.store.writer import StoreWriter, check, create, write_manifest
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("selector")
-
-EXAMPLES_SHOWN = 3
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-    """What a run is going to do, with every check passed."""
-
-    samples: tuple[Sample, ...]
-    targets: tuple[Target, ...]
-    manifest: Manifest
-    layout: Layout
-    duplicates: int
-    """Rows whose content another row has too, beyond the first."""
-
-
-def plan(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, config: ScoreConfig) -> Plan:
-    """Encode the data set and check everything that can be checked without running the model.
-
-    Args:
-        model: a causal language model, loaded.
-        tokenizer: its tokenizer.
-        dataset: rows in a fixed order.
-        config: settings of the run.
-
-    Raises:
-        SelectorError: whatever is wrong with layers, columns or samples; all problems at once.
-    """
-    problems: list[SelectorError] = []
-    targets: list[Target] = []
-    try:
-        targets = find_targets(model, config.projections, config.layers)
-    except SelectorError as error:
-        problems.append(error)
-    try:
-        layout = recognize(dataset.column_names, config)
-    except SelectorError as error:
-        raise_all([*problems, error])
-        raise
-    limits = (config.max_length, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
-    max_length = min(limit for limit in limits if limit is not None)
-    hashes = [content_hash(row) for row in tqdm(layout.rows(dataset), "reading", len(dataset), leave=False, disable=None)]
-    ids = content_ids(hashes)
-    if layout.id_column is not None:
-        try:
-            ids = column_ids(dataset[layout.id_column], layout.id_column)
-        except SelectorError as error:
-            problems.append(error)
-    sources = [None if s is None else str(s) for s in dataset[layout.source_column]] if layout.source_column else [None] * len(dataset)
-    encoder = Encoder(tokenizer, max_length, config.truncation)
-    count = min(config.limit or len(dataset), len(dataset))
-    encoded = encoder.encode(layout.rows(dataset, config.limit), ids, sources)
-    samples = tuple(tqdm(encoded, "tokenizing", count, leave=False, disable=None))
-    problems += _problems_of_samples(samples, max_length, config)
-    raise_all(problems)
-    identity = config.identity() | {
-        "format": layout.format,
-        "columns": [f"{role}={column}" for role, column in layout.columns.items()],
-        "source_column": layout.source_column,
-        "max_length": max_length,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "model": model_fingerprint(model),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "data": fingerprint([hashes, ids if layout.id_column else None]),
-    }
-    manifest = Manifest(
-        identity=identity, layers=tuple(target.spec for target in targets), expected=count,
-        execution=config.execution(), versions=versions(),
-    )  # fmt: skip
-    return Plan(samples, tuple(targets), manifest, layout, duplicates=len(hashes) - len(set(hashes)))
-
-
-def _problems_of_samples(samples: Sequence[Sample], max_length: int, config: ScoreConfig) -> list[SelectorError]:
-    """Why this data set should not be scored as it is."""
-    problems: list[SelectorError] = []
-    long = [s for s in samples if s.status == "too_long"]
-    if long and config.truncation == "error":
-        shown = ", ".join(f"{s.sample_id} (row {s.row}) {s.n_tokens} tokens" for s in long[:EXAMPLES_SHOWN])
-        problems.append(
-            DataError(f"{len(long)} samples are longer than the maximum", got=shown, allowed=f"{max_length} tokens",
-                      fix="raise --max-length, or choose --truncation truncate-prompt, truncate-completion or skip")
-        )  # fmt: skip
-    failed = [s for s in samples if s.status != "ok" and not (s in long and config.truncation == "error")]
-    if len(failed) > config.max_failed * len(samples):
-        kinds = ", ".join(f"{count} {status}" for status, count in Counter(s.status for s in failed).most_common())
-        shown = ", ".join(f"{s.sample_id} (row {s.row})" for s in failed[:EXAMPLES_SHOWN])
-        problems.append(
-            DataError(f"{len(failed)} of {len(samples)} samples cannot be scored", got=f"{kinds}; first: {shown}",
-                      allowed=f"{config.max_failed:.1%} of the samples; a completion must not be empty",
-                      fix="repair or remove these rows, or raise --max-failed")
-        )  # fmt: skip
-    return problems
 
 
 def score_dataset(
@@ -144,8 +52,10 @@ def score_dataset(
 ) -> FeatureStore:
     """Measure the gradient spectra of every sample and keep them in a feature store.
 
-    The model is put back as it was. A store that an earlier call began is finished; samples that it holds are not
-    measured again. Under `accelerate launch` or `torchrun` the processes share the work.
+    The model is put back as it was, except that it stays sharded when `accelerate launch` asks for FSDP or DeepSpeed. A
+    store that an earlier call began is finished; samples that it holds are not measured again. Under `accelerate launch`
+    or `torchrun` the processes share the work. Nodes without a shared file system each keep a part of the store, which
+    `selector merge` joins.
 
     Args:
         model: a causal language model on this process's device.
@@ -161,94 +71,147 @@ def score_dataset(
     Raises:
         SelectorError: a check failed, before anything was written; or the store belongs to another run.
     """
-    config = config or ScoreConfig()
-    store = Path(out)
-    state = PartialState()
-    work = plan(model, tokenizer, dataset, config)
-    logger.info("data set: %d samples; %s", len(work.samples), work.layout.describe())
-    if work.duplicates:
-        logger.info("%d rows repeat the content of another row; ids keep them apart", work.duplicates)
-    manifest = _begin(store, work.manifest, state)
-    if state.is_main_process:
-        settings = config.identity() | config.execution()
-        save_yaml(store / CONFIG, command or {"command": "score", "config": settings}, f"replay with: selector run {store}")
-    finished = _finished_ids(store, manifest, state)
-    pending = [sample for sample in work.samples if sample.sample_id not in finished]
-    if finished:
-        logger.info("%d samples are scored already, %d are left", len(work.samples) - len(pending), len(pending))
-    mine = deal(pending, state.num_processes)[state.process_index]
-    writer = StoreWriter(store, manifest, rank=state.process_index, shard_rows=config.shard_rows)
-    started = time.perf_counter()
-    _measure(model, tokenizer, work.targets, mine, writer, config, state)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        entry = _ledger_entry(pending, time.perf_counter() - started, state)
-        shards = tuple(path.name for path in FeatureStore(store, manifest).shard_paths())
-        manifest = dataclasses.replace(manifest, shards=shards, cost=(*manifest.cost, entry) if pending else manifest.cost)
-        write_atomically(store / MANIFEST, manifest.to_json().encode())
-    state.wait_for_everyone()
+    config, store = config or ScoreConfig(), Path(out)
+    run = _begin(model, tokenizer, dataset, store, config)
+    settings = {"command": "score", "config": config.identity() | config.execution()} if command is None else dict(command)
+    manifest = replace(run.manifest, command=settings, shards=())
+    with run.extractor.attached():
+        with run.meeting():
+            if run.measurable:
+                difference = run.self_test()
+                logger.info("self-test: a sample alone and in a batch differ by %.1g at most", difference)
+        for turn in on_every_file_system(run.state):
+            if turn:
+                create(store, manifest)
+                save_yaml(store / CONFIG, settings, f"replay with: selector run {store}")
+        started = time.perf_counter()
+        with run.meeting():
+            budget = run.measure(StoreWriter(store, manifest, rank=run.state.process_index, shard_rows=config.shard_rows))
+        seconds = time.perf_counter() - started
+    for turn in on_every_file_system(run.state):
+        paths = FeatureStore(store, manifest).shard_paths()
+        names = tuple(path.name for path in paths)
+        if turn and Manifest.load(store).shards != names:
+            size = sum(path.stat().st_size for path in paths)
+            entry = ledger_entry(run.pending, seconds, run.extractor.forward_seconds, budget, size, run.state)
+            write_manifest(store, replace(manifest, shards=names, cost=(*manifest.cost, entry) if run.pending else manifest.cost))
     return FeatureStore.open(store)
 
 
-def _begin(store: Path, manifest: Manifest, state: PartialState) -> Manifest:
-    """Create or check the store on the main process; all processes get its manifest or its refusal."""
-    outcome: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            outcome = [create_or_check(store, manifest)]
-        except SelectorError as error:
-            outcome = [error]
-    if state.num_processes > 1:
-        broadcast_object_list(outcome)
-    if isinstance(outcome[0], SelectorError):
-        raise outcome[0]
-    return outcome[0]
+def estimate_run(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, out: str | Path, config: ScoreConfig | None = None
+) -> tuple[Plan, Estimate | None]:
+    """Do all checks and measure a few batches, to say what `score_dataset` would cost; nothing is written.
+
+    Args:
+        model: a causal language model on this process's device.
+        tokenizer: its tokenizer.
+        dataset: rows in a fixed order.
+        out: directory where the store would be, or is begun.
+        config: settings; the defaults when None.
+
+    Returns:
+        The plan and the estimate, which is None when nothing is left to measure.
+
+    Raises:
+        SelectorError: a check failed.
+    """
+    run = _begin(model, tokenizer, dataset, Path(out), config or ScoreConfig())
+    if not run.measurable:
+        return run.plan, None
+    with run.extractor.attached():
+        run.self_test()
+        return run.plan, estimate(run.extractor, run.measurable, run.budget(), run.pad_token_id, run.device, run.state)
 
 
-def _finished_ids(store: Path, manifest: Manifest, state: PartialState) -> set[str]:
-    """Ids in the shards that any process can see."""
-    ids = {i for table in FeatureStore(store, manifest).shards(["sample_id"]) for i in table["sample_id"].to_pylist()}
-    if state.num_processes > 1:
-        ids = set(gather_object(list(ids)))
-        state.wait_for_everyone()
-    return ids
-
-
-def _measure(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, targets: Sequence[Target], samples: Sequence[Sample],
-    writer: StoreWriter, config: ScoreConfig, state: PartialState,
-) -> None:  # fmt: skip
-    """Measure one process's share and write it."""
-    for sample in samples:
-        if sample.status != "ok":
-            writer.add(sample_row(sample, sample.status))
-    batches = token_budget_batches([s for s in samples if s.status == "ok"], config.tokens_per_batch)
-    extractor = FeatureExtractor(model, targets, config.precision)
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    device = next(model.parameters()).device
-    # every process shows its share of the whole only through the first: shares are equal in tokens
-    progress = tqdm(
-        total=sum(s.n_tokens for batch in batches for s in batch), desc="scoring", unit="tok", unit_scale=True,
-        disable=not state.is_main_process, mininterval=0.5, leave=False,
+def _begin(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, store: Path, config: ScoreConfig
+) -> _Run:
+    """Plan, shard the model where that is asked for, and find out what the store already holds."""
+    state = process_state()
+    with together(state):
+        work = plan(model, tokenizer, dataset, config)
+    logger.info("data set: %d samples; %s", len(work.samples), work.layout.describe())
+    if work.duplicates:
+        logger.info("%d rows repeat the content of another row; ids keep them apart", work.duplicates)
+    manifest = work.manifest
+    with together(state):
+        if state.is_local_main_process:
+            manifest = check(store, manifest, work.rows, config.append)
+    manifest = from_main(manifest, state)
+    finished = finished_rows(store, manifest, state)
+    pending = [sample for sample in work.samples if sample.row not in finished]
+    if finished:
+        logger.info("%d samples are scored already, %d are left", len(work.samples) - len(pending), len(pending))
+    dtype = next(model.parameters()).dtype
+    model = shard(model)
+    sharded = is_sharded(model)
+    sketch = SketchConfig(dimension=config.sketch_dimension) if config.sketch_dimension else None
+    return _Run(
+        plan=work, manifest=manifest, config=config, state=state, pending=pending, sharded=sharded, dtype=dtype,
+        device=state.device if sharded else next(model.parameters()).device,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        extractor=FeatureExtractor(model, work.targets, config.precision, sketch),
     )  # fmt: skip
-    done = 0
-    with extractor.attached(), progress:
-        for batch in batches:
-            for row in extractor(collate(batch, pad_token_id, device)):
-                writer.add(row)
-            done += len(batch)
-            progress.set_postfix_str(f"{done} of {sum(map(len, batches))} samples", refresh=False)
-            progress.update(sum(sample.n_tokens for sample in batch))
-    writer.flush()
 
 
-def _ledger_entry(samples: Sequence[Sample], seconds: float, state: PartialState) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "samples": len(samples),
-        "tokens": sum(sample.n_tokens for sample in samples),
-        "seconds": round(seconds, 3),
-        "processes": state.num_processes,
-        "device": device,
-    }
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Run:
+    """One process's view of a run whose checks have passed."""
+
+    plan: Plan
+    manifest: Manifest
+    config: ScoreConfig
+    state: PartialState
+    pending: list[Sample]
+    """Samples of all processes that no shard holds."""
+    extractor: FeatureExtractor
+    sharded: bool
+    device: torch.device
+    dtype: torch.dtype
+    pad_token_id: int
+
+    @property
+    def measurable(self) -> list[Sample]:
+        """Pending samples that can be measured."""
+        return [sample for sample in self.pending if sample.status == "ok"]
+
+    def meeting(self) -> AbstractContextManager[None]:
+        """Where a failure is told to all; but a process that fails in a sharded model's layers must end, and with it the job."""
+        return nullcontext() if self.sharded else together(self.state)
+
+    def self_test(self) -> float:
+        """Refuse a model whose samples depend on each other."""
+        return self_test(self.extractor, self.measurable, self.pad_token_id, self.device, self.dtype)
+
+    def budget(self) -> int:
+        """Tokens per batch: the user's, else the last that this store saw on such a device, else what the memory allows."""
+        if self.config.tokens_per_batch is not None:
+            return self.config.tokens_per_batch
+        remembered = [entry["tokens_per_batch"] for entry in self.manifest.cost if entry["device"] == device_name()]
+        if remembered:
+            return remembered[-1]
+        if self.sharded or not self.measurable:
+            return DEFAULT_BUDGET
+        longest = max(self.measurable, key=lambda sample: max(map(len, sample.sequences)))
+        return find_budget(self.extractor, longest, self.pad_token_id, self.device)
+
+    def measure(self, writer: StoreWriter) -> int:
+        """Measure this process's share and write it; returns the token budget at the end."""
+        mine = deal(self.pending, self.state.num_processes)[self.state.process_index]
+        for sample in mine:
+            if sample.status != "ok":
+                writer.add(sample_row(sample, sample.status))
+        samples = [sample for sample in mine if sample.status == "ok"]
+        budget = self.budget()
+        tokens = sum(sample.n_tokens for sample in samples)
+        with Progress(len(samples), tokens, self.state.num_processes, shown=self.state.is_main_process) as progress:
+            if self.sharded and self.measurable:
+                batches = token_budget_batches(samples, budget)
+                filler = min(self.measurable, key=lambda sample: sample.n_tokens)
+                rounds = most(len(batches), self.state)
+                measure_in_step(self.extractor, writer.add, batches, rounds, filler, self.pad_token_id, self.device, progress)
+            else:
+                budget = measure(self.extractor, writer.add, samples, budget, self.pad_token_id, self.device, progress)
+        writer.flush()
+        return budget

@@ -1,10 +1,7 @@
-"""Open a feature store: its manifest, its columns as arrays, its shards one by one, and what is wrong with it."""
+"""Open a feature store: its manifest, its columns as arrays, and its shards one by one."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +13,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32
 
 from selector.errors import StoreError
-from selector.store.schema import METADATA_KEY, SHARDS, Manifest, shard_schema
+from selector.store.schema import Manifest
+from selector.store.verify import inspect, shard_files, shard_owner
 from selector.types import LayerSpec
 
 
@@ -24,7 +22,7 @@ def feature_matrix(column: pa.ChunkedArray, width: int) -> Float32[np.ndarray, "
     """Values of one measure's column, NaN where there is none.
 
     Args:
-        column: the column of a shard, fixed-size lists of float32.
+        column: the column of a shard, fixed-size lists of floats.
         width: length of the lists.
     """
     lists = column.combine_chunks()
@@ -62,7 +60,7 @@ class FeatureStore:
 
     def shard_paths(self) -> list[Path]:
         """Files of the shards, in a fixed order."""
-        return sorted((self.path / SHARDS).glob("*.parquet"))
+        return shard_files(self.path)
 
     def shards(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Read shard after shard, for work that must not hold the whole store.
@@ -77,10 +75,13 @@ class FeatureStore:
             try:
                 table = pq.read_table(path, columns=list(columns) if columns is not None else None)
             except (pa.ArrowInvalid, OSError) as error:
-                raise StoreError(f"shard {path.name} cannot be read", got=error, fix=f"run `selector verify {self.path}`") from error
-            problem = self._foreign(path, table.schema)
-            if problem is not None:
-                raise problem
+                raise StoreError(f"shard {path.name} cannot be read", got=error, fix=f"run `selector verify {self.path} --repair`") from error
+            owner = shard_owner(table.schema)
+            if owner.get("store") != self.manifest.fingerprint:
+                raise StoreError(
+                    f"shard {path.name} belongs to another store", got=owner.get("store"), allowed=self.manifest.fingerprint,
+                    fix=f"run `selector verify {self.path} --repair`",
+                )  # fmt: skip
             yield table.replace_schema_metadata(None)
 
     def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
@@ -89,10 +90,10 @@ class FeatureStore:
         Args:
             columns: which columns to read; all when None.
         """
-        wanted = list(columns) if columns is not None else shard_schema(len(self.layers)).names
+        wanted = list(columns) if columns is not None else self.manifest.schema.names
         tables = list(self.shards(list(dict.fromkeys([*wanted, "row"]))))
         if not tables:
-            return shard_schema(len(self.layers)).empty_table().select(wanted)
+            return self.manifest.schema.empty_table().select(wanted)
         table = pa.concat_tables(tables)
         return table.take(pc.sort_indices(table, sort_keys=[("row", "ascending")])).select(wanted)
 
@@ -112,45 +113,24 @@ class FeatureStore:
     def __len__(self) -> int:
         return sum(pq.read_metadata(path).num_rows for path in self.shard_paths())
 
+    def sketches(self) -> Float32[np.ndarray, "N F d"]:
+        """Sketch of every sample's gradients, layer by layer, in rows of the data set and the gradient's unit; NaN where there is none.
+
+        Raises:
+            StoreError: the store was made without sketches.
+        """
+        dimension = self.manifest.identity.get("sketch_dimension", 0)
+        if not dimension:
+            raise StoreError(f"{self.path} holds no sketches", fix="score into another directory with --sketch-dimension 16, or another square")
+        table = self.to_arrow(["sketch", "sketch_scale"])
+        width = len(self.layers)
+        values = feature_matrix(table["sketch"], width * dimension).reshape(-1, width, dimension)
+        return values.astype(np.float32) * feature_matrix(table["sketch_scale"], width)[..., None]
+
     def verify(self) -> list[StoreError]:
-        """Check every shard's bytes against its name, its owner, and the samples against each other.
+        """Check every file of the store, and the samples against each other.
 
         Returns:
-            What is wrong, shard by shard; empty for a whole and sound store.
+            What is wrong, file by file; empty for a whole and sound store.
         """
-        problems: list[StoreError] = []
-        ids: Counter[str] = Counter()
-        expected = shard_schema(len(self.layers))
-        present = set()
-        for path in self.shard_paths():
-            present.add(path.name)
-            repair = f"remove it and run the same `selector score` command again: it scores what is missing ({path})"
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-            if path.stem.split("-")[-1] != digest:
-                problems.append(StoreError(f"shard {path.name} is damaged", got=f"checksum {digest}", allowed=path.stem.split("-")[-1], fix=repair))
-                continue
-            table = pq.read_table(path)
-            foreign = self._foreign(path, table.schema)
-            if foreign is not None:
-                problems.append(foreign)
-            elif not table.schema.remove_metadata().equals(expected):
-                problems.append(StoreError(f"shard {path.name} has other columns", got=table.schema.names, allowed=expected.names, fix=repair))
-            else:
-                ids.update(table["sample_id"].to_pylist())
-        for name in sorted(set(self.manifest.shards) - present):
-            problems.append(StoreError(f"shard {name} is missing", fix="run the same `selector score` command again"))
-        doubled = [sample_id for sample_id, count in ids.items() if count > 1]
-        if doubled:
-            problems.append(StoreError(f"{len(doubled)} samples are stored twice", got=", ".join(doubled[:5]), allowed="each sample once"))
-        if not problems and len(ids) < self.manifest.expected:
-            problems.append(
-                StoreError("the store is unfinished", got=f"{len(ids)} samples", allowed=self.manifest.expected,
-                           fix="run the same `selector score` command again")
-            )  # fmt: skip
-        return problems
-
-    def _foreign(self, path: Path, schema: pa.Schema) -> StoreError | None:
-        owner = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}")).get("store")
-        if owner == self.manifest.fingerprint:
-            return None
-        return StoreError(f"shard {path.name} belongs to another store", got=owner, allowed=self.manifest.fingerprint, fix=f"move it away ({path})")
+        return [damage.error for damage in inspect(self.path)[1]]

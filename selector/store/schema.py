@@ -1,14 +1,16 @@
 """The feature store on disk.
 
     features/
-      manifest.json     what the numbers are: format version, identity, fingerprints, layer table, cost ledger
-      config.yaml       the command that made it, replayable with `selector run`
+      manifest.json          what the numbers are: format version, identity, fingerprints, layer table, cost ledger
+      manifest.backup.json   the same again, for the day on which the first is damaged
+      config.yaml            the command that made it, replayable with `selector run`
       shards/RANK-SEQUENCE-CHECKSUM.parquet
+      quarantine/            what `selector verify --repair` took away; never read
 
 A shard is written under a temporary name, flushed to disk and renamed, so that it exists whole or not at all. Its name
 carries the first 16 hex digits of the SHA-256 of its bytes: a torn, truncated or flipped file is recognized without any
-other record, and ranks never need to agree on one. Its Parquet metadata carries the store's identity fingerprint, so
-that a foreign shard is recognized too.
+other record, and ranks never need to agree on one. Its Parquet metadata carries the format version and the store's
+fingerprint, so that a foreign shard is recognized too.
 
 Columns of a shard, one row per sample:
 
@@ -22,9 +24,14 @@ Columns of a shard, one row per sample:
     loss            float32  mean cross-entropy over the loss tokens, nats per token; null without a score
     <measure>       fixed-size list of float32 over the layer table, one column for each of `types.MEASURES`;
                     null where the sample has no score, null entries where a layer got no gradient
+    sketch          fixed-size list of float16, `sketch_dimension` numbers per entry of the layer table, each entry
+                    divided by its `sketch_scale`; only in stores with sketches
+    sketch_scale    fixed-size list of float32 over the layer table: gradients of mean losses underflow float16
 
 `manifest.json` is rewritten through a rename. `expected` (samples of the data set) is known from the start;
-`shards` and `cost` are filled in when a run ends.
+`shards` and `cost` are filled in when a run ends. `data` records how the data set grew: the number of its rows and the
+hash of them all, when the store was begun and after each time that rows were appended. The store's fingerprint holds the
+first of these alone, so that appending rows keeps the shards that are there.
 """
 
 from __future__ import annotations
@@ -44,20 +51,27 @@ from selector.types import MEASURES, LayerSpec
 FORMAT = "selector-feature-store"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+MANIFEST_BACKUP = "manifest.backup.json"
 CONFIG = "config.yaml"
 SHARDS = "shards"
+QUARANTINE = "quarantine"
 METADATA_KEY = b"selector"
 
 STATUSES = ("ok", "zero_gradient", "no_loss_tokens", "nonfinite", "too_long")
 """What can become of a sample; only `ok` has a loss and features. Any other failure reads `error: ...`."""
 
 
-def shard_schema(n_features: int) -> pa.Schema:
+def shard_schema(n_features: int, sketch_dimension: int = 0) -> pa.Schema:
     """Arrow schema of a shard.
 
     Args:
         n_features: length of the layer table.
+        sketch_dimension: numbers per entry of the layer table; 0 for a store without sketches.
     """
+    sketches = [
+        pa.field("sketch", pa.list_(pa.float16(), n_features * sketch_dimension)),
+        pa.field("sketch_scale", pa.list_(pa.float32(), n_features)),
+    ]
     return pa.schema(
         [
             pa.field("sample_id", pa.string(), nullable=False),
@@ -69,6 +83,7 @@ def shard_schema(n_features: int) -> pa.Schema:
             pa.field("status", pa.string(), nullable=False),
             pa.field("loss", pa.float32()),
             *(pa.field(name, pa.list_(pa.float32(), n_features)) for name in MEASURES),
+            *(sketches if sketch_dimension else []),
         ]
     )
 
@@ -89,6 +104,10 @@ class Manifest:
     """The layer table: what each entry of a feature list belongs to."""
     expected: int
     """Samples that the finished store holds."""
+    data: tuple[dict[str, Any], ...] = ()
+    """How the data set grew: `rows` and `fingerprint` of all rows, when the store was begun and after each append."""
+    command: dict[str, Any] = field(default_factory=dict)
+    """The command and settings of the last run, as in `config.yaml`."""
     execution: dict[str, Any] = field(default_factory=dict)
     """Settings of the last run that change no number."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -103,30 +122,44 @@ class Manifest:
         """Short hash of the identity and the layer table, which every shard carries."""
         return fingerprint({"identity": self.identity, "layers": [dataclasses.asdict(spec) for spec in self.layers]})
 
+    @property
+    def schema(self) -> pa.Schema:
+        """Arrow schema of the store's shards."""
+        return shard_schema(len(self.layers), self.identity.get("sketch_dimension", 0))
+
+    @property
+    def shard_metadata(self) -> dict[bytes, bytes]:
+        """What a shard's Parquet metadata says of its owner."""
+        return {METADATA_KEY: json.dumps({"store": self.fingerprint, "format_version": FORMAT_VERSION}).encode()}
+
     def to_json(self) -> str:
         """The text of `manifest.json`."""
-        values = {"format": FORMAT, "format_version": FORMAT_VERSION, "fingerprint": self.fingerprint}
-        return json.dumps({**values, **dataclasses.asdict(self)}, indent=1, ensure_ascii=False)
+        values = dataclasses.asdict(self)
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "checksum": fingerprint(values), "fingerprint": self.fingerprint}
+        return json.dumps(head | values, indent=1, ensure_ascii=False)
 
     @classmethod
-    def load(cls, store: Path) -> Manifest:
+    def load(cls, store: Path, name: str = MANIFEST) -> Manifest:
         """Read the manifest of a store.
 
         Args:
             store: the store's directory.
+            name: which of the two copies.
 
         Raises:
             StoreError: there is none, it is damaged, or it has another format or version.
         """
-        path = store / MANIFEST
+        path = store / name
+        repair = f"run `selector verify {store} --repair`"
         if not path.is_file():
-            raise StoreError(f"no feature store at {store}", got="no " + MANIFEST, fix="make one with `selector score`")
+            lost = (store / SHARDS).is_dir()
+            raise StoreError(f"no feature store at {store}", got="no " + name, fix=repair if lost else "make one with `selector score`")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             found = (values.pop("format"), values.pop("format_version"))
-            recorded = values.pop("fingerprint")
+            recorded = (values.pop("checksum"), values.pop("fingerprint"))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
-            raise StoreError(f"{path} is damaged", got=repr(error), fix="run the same `selector score` command again into a new directory") from error
+            raise StoreError(f"{path} is damaged", got=repr(error), fix=repair) from error
         if found != (FORMAT, FORMAT_VERSION):
             raise StoreError(
                 f"{path} has another format", got=" version ".join(map(str, found)),
@@ -134,12 +167,13 @@ class Manifest:
             )  # fmt: skip
         try:
             values["layers"] = tuple(LayerSpec(**spec) for spec in values["layers"])
-            values["shards"], values["cost"] = tuple(values["shards"]), tuple(values["cost"])
+            values |= {name: tuple(values[name]) for name in ("data", "shards", "cost")}
             manifest = cls(**values)
         except (TypeError, KeyError) as error:
-            raise StoreError(f"{path} is damaged", got=repr(error), fix="restore it from a copy, or score again") from error
-        if manifest.fingerprint != recorded:
-            raise StoreError(f"{path} was changed by hand", got=manifest.fingerprint, allowed=recorded, fix="restore it from a copy, or score again")
+            raise StoreError(f"{path} is damaged", got=repr(error), fix=repair) from error
+        computed = (fingerprint(dataclasses.asdict(manifest)), manifest.fingerprint)
+        if computed != recorded:
+            raise StoreError(f"{path} was altered", got="checksum " + computed[0], allowed=recorded[0], fix=repair)
         return manifest
 
 

@@ -6,20 +6,20 @@ are removed when the next one starts.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selector.errors import StoreError, raise_all
-from selector.store.schema import MANIFEST, METADATA_KEY, SHARDS, Manifest, identity_conflicts, shard_schema
-from selector.types import MEASURES
+from selector.errors import SelectorError, StoreError, raise_all
+from selector.store import lineage
+from selector.store.schema import CONFIG, MANIFEST, MANIFEST_BACKUP, SHARDS, Manifest, identity_conflicts
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -45,37 +45,79 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
-def create_or_check(store: Path, manifest: Manifest) -> Manifest:
-    """Begin a store, or make sure that an existing one belongs to the same run.
+def write_manifest(store: Path, manifest: Manifest) -> None:
+    """Write both copies of the manifest, one after the other, so that a crash leaves at least one.
 
     Args:
-        store: the store's directory; made when missing.
+        store: the store's directory.
+        manifest: what they say.
+    """
+    for name in (MANIFEST, MANIFEST_BACKUP):
+        write_atomically(store / name, manifest.to_json().encode())
+
+
+def check(store: Path, manifest: Manifest, rows: Sequence[str] = (), append: bool = False) -> Manifest:
+    """Make sure that a directory is free, or holds a store that this run may continue; nothing is written.
+
+    Args:
+        store: the store's directory.
         manifest: what the run would write.
+        rows: one string for each row of the data set, as `lineage.begin` takes them; none where there is no data set.
+        append: whether the data set may have grown since the store was begun.
 
     Returns:
-        The manifest in force: the new one, with the cost ledger of the old one.
+        The manifest in force: the new one, with what an old one has recorded of the past.
 
     Raises:
         StoreError: the directory holds something else, or a store with another identity; all differences at once.
     """
-    if (store / MANIFEST).exists():
+    if (store / MANIFEST).exists() or (store / MANIFEST_BACKUP).exists():
         old = Manifest.load(store)
-        raise_all(identity_conflicts(store, old, manifest))
-        manifest = dataclasses.replace(manifest, cost=old.cost, shards=old.shards, expected=max(old.expected, manifest.expected))
-    elif store.exists() and (not store.is_dir() or any(store.iterdir())):
+        problems: list[SelectorError] = []
+        if old.data:
+            manifest = replace(manifest, identity=manifest.identity | {"data": old.identity["data"]})
+            try:
+                manifest = replace(manifest, data=lineage.extend(store, old.data, rows, append))
+            except StoreError as error:
+                problems.append(error)
+        raise_all([*problems, *identity_conflicts(store, old, manifest)])
+        return replace(manifest, cost=old.cost, shards=old.shards, expected=max(old.expected, manifest.expected))
+    if store.exists() and (not store.is_dir() or any(store.iterdir())) and not _lost_its_manifest(store):
         raise StoreError(f"{store} is in use by something else", got="files that are no feature store", fix="choose an empty or new directory")
-    (store / SHARDS).mkdir(parents=True, exist_ok=True)
-    for leftover in store.rglob(".*.tmp-*"):
-        leftover.unlink(missing_ok=True)
-    write_atomically(store / MANIFEST, manifest.to_json().encode())
     return manifest
+
+
+def create(store: Path, manifest: Manifest) -> None:
+    """Make a store's directories, clear what killed runs have left, and write the manifest.
+
+    Args:
+        store: the store's directory, which `check` has found fit.
+        manifest: the manifest in force.
+    """
+    (store / SHARDS).mkdir(parents=True, exist_ok=True)
+    for leftover in temporary_files(store):
+        leftover.unlink(missing_ok=True)
+    write_manifest(store, manifest)
+
+
+def temporary_files(store: Path) -> list[Path]:
+    """What killed runs have left half written.
+
+    Args:
+        store: the store's directory.
+    """
+    return sorted(store.rglob(".*.tmp-*"))
+
+
+def _lost_its_manifest(store: Path) -> bool:
+    return (store / SHARDS).is_dir() and (store / CONFIG).is_file()
 
 
 class StoreWriter:
     """Collects the rows of one rank and writes them as shards.
 
     Args:
-        store: the store's directory, begun by `create_or_check`.
+        store: the store's directory, begun by `create`.
         manifest: the manifest in force.
         rank: the process's rank, part of its shards' names.
         shard_rows: rows per shard.
@@ -83,10 +125,8 @@ class StoreWriter:
 
     def __init__(self, store: Path, manifest: Manifest, *, rank: int = 0, shard_rows: int = 512) -> None:
         self.store, self.rank, self.shard_rows = store, rank, shard_rows
-        self.schema = shard_schema(len(manifest.layers)).with_metadata(
-            {METADATA_KEY: json.dumps({"store": manifest.fingerprint}).encode()}
-        )
-        taken = [int(p.name.split("-")[1]) for p in (store / SHARDS).glob(f"{rank:05d}-*.parquet")]
+        self.schema = manifest.schema.with_metadata(manifest.shard_metadata)
+        taken = [int(p.name.split("-")[1]) for p in (store / SHARDS).glob(f"{rank:05d}-*-*.parquet")]
         self._sequence = max(taken, default=-1) + 1
         self._rows: list[Mapping[str, Any]] = []
 
@@ -94,7 +134,7 @@ class StoreWriter:
         """Take one sample; write a shard when enough are there.
 
         Args:
-            row: a value for each column of the shard schema; measures as float32 [F] or None.
+            row: values of the shard schema's columns, lists as numpy arrays; null where there is none.
         """
         self._rows.append(row)
         if len(self._rows) >= self.shard_rows:
@@ -102,19 +142,46 @@ class StoreWriter:
 
     def flush(self) -> None:
         """Write the collected rows, if any, as one shard."""
-        if not self._rows:
-            return
-        table = pa.Table.from_pylist([_without_nan(row) for row in self._rows], schema=self.schema)
+        if self._rows:
+            columns = [_column(field, [row.get(field.name) for row in self._rows]) for field in self.schema]
+            self.write(pa.Table.from_arrays(columns, schema=self.schema))
+            self._rows = []
+
+    def write(self, table: pa.Table) -> Path:
+        """Write a table as one shard.
+
+        Args:
+            table: rows of the shard schema, with or without its metadata.
+
+        Returns:
+            The shard's file.
+        """
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", use_dictionary=["source", "status"])
+        lists = [field.name for field in self.schema if pa.types.is_fixed_size_list(field.type)]
+        pq.write_table(
+            table.replace_schema_metadata(self.schema.metadata), sink, compression="zstd",
+            use_dictionary=["source", "status"], use_byte_stream_split=[f"{name}.list.element" for name in lists],
+        )  # fmt: skip
         content = sink.getvalue().to_pybytes()
-        digest = hashlib.sha256(content).hexdigest()[:16]
-        write_atomically(self.store / SHARDS / f"{self.rank:05d}-{self._sequence:06d}-{digest}.parquet", content)
+        path = self.store / SHARDS / f"{self.rank:05d}-{self._sequence:06d}-{checksum(content)}.parquet"
+        write_atomically(path, content)
         self._sequence += 1
-        self._rows = []
+        return path
 
 
-def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Features as lists whose undefined entries are nulls: a NaN would pass for a number."""
-    lists = {name: row[name] for name in MEASURES if row[name] is not None}
-    return {**row, **{name: [None if x != x else x for x in values.tolist()] for name, values in lists.items()}}
+def checksum(content: bytes) -> str:
+    """First 16 hex digits of the SHA-256 of a shard's bytes, as in its name."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _column(field: pa.Field, values: list[Any]) -> pa.Array:
+    """Values of one column; undefined entries of a list become nulls, for a NaN would pass for a number."""
+    if not pa.types.is_fixed_size_list(field.type):
+        return pa.array(values, field.type)
+    width, element = field.type.list_size, field.type.value_type
+    present = np.array([value is not None for value in values])
+    matrix = np.full((len(values), width), np.nan, dtype=element.to_pandas_dtype())
+    for i in np.flatnonzero(present).tolist():
+        matrix[i] = values[i]
+    flat = pa.array(matrix.reshape(-1), element, mask=np.isnan(matrix).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, type=field.type, mask=pa.array(~present))

@@ -1,0 +1,145 @@
+"""Measure one process's share, batch after batch, within the memory of its device.
+
+A batch that exhausts the memory is put back and tried again under half the budget, which then stays halved. A sharded
+model leaves no second try: the other processes are in the middle of the same layers.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from selector.batching import Batch, BatchQueue, collate
+from selector.data.samples import Sample
+from selector.errors import ModelError
+from selector.scorer.features import sample_row
+from selector.scorer.progress import Progress
+
+logger = logging.getLogger("selector")
+
+DEFAULT_BUDGET = 4096
+"""Where memory cannot be measured: on a CPU, and for a sharded model, which has no second try."""
+LARGEST_BUDGET = 32_768
+SHARE_OF_MEMORY = 0.7
+"""Of the memory that is free beside the model, for batches whose size is derived from one measured batch."""
+OUT_OF_MEMORY = "error: out of memory"
+
+Extract = Callable[[Batch], list[dict[str, Any]]]
+Take = Callable[[dict[str, Any]], None]
+
+
+def measure(
+    extract: Extract, take: Take, samples: Sequence[Sample], tokens_per_batch: int, pad_token_id: int,
+    device: torch.device, progress: Progress,
+) -> int:  # fmt: skip
+    """Measure samples with a model that this process holds whole.
+
+    Args:
+        extract: batch to rows of the feature store.
+        take: called with every row.
+        samples: of status `ok`.
+        tokens_per_batch: the budget to begin with.
+        pad_token_id: fills the padding.
+        device: where the model is.
+        progress: told of every finished batch.
+
+    Returns:
+        The budget at the end.
+    """
+    queue = BatchQueue(samples, tokens_per_batch)
+    while queue:
+        batch = queue.pop()
+        rows = _attempt(extract, collate(batch, pad_token_id, device))
+        if rows is None and len(batch) > 1:
+            queue.put_back(batch)
+            queue.tokens_per_batch = padded_tokens(batch) // 2
+            logger.warning("out of memory with %d tokens; going on with batches of %d", padded_tokens(batch), queue.tokens_per_batch)
+            continue
+        for row in rows if rows is not None else [sample_row(batch[0], OUT_OF_MEMORY)]:
+            take(row)
+        progress.advance(len(batch), sum(sample.n_tokens for sample in batch))
+    return queue.tokens_per_batch
+
+
+def measure_in_step(
+    extract: Extract, take: Take, batches: Sequence[Sequence[Sample]], rounds: int, filler: Sample, pad_token_id: int,
+    device: torch.device, progress: Progress,
+) -> None:  # fmt: skip
+    """Measure batches with a sharded model, which every process has to run equally often.
+
+    Args:
+        extract: batch to rows of the feature store.
+        take: called with every row.
+        batches: of this process.
+        rounds: number of batches of the process with the most.
+        filler: a short sample, measured for nothing by processes that have finished.
+        pad_token_id: fills the padding.
+        device: where the batches go.
+        progress: told of every finished batch.
+
+    Raises:
+        ModelError: a batch exhausted the memory.
+    """
+    for i in range(rounds):
+        batch = batches[i] if i < len(batches) else [filler]
+        rows = _attempt(extract, collate(batch, pad_token_id, device))
+        if rows is None:
+            raise ModelError(
+                "out of memory with a sharded model", got=f"a batch of {padded_tokens(batch)} tokens",
+                fix="lower --tokens-per-batch or --max-length, or use more GPUs",
+            )  # fmt: skip
+        if i < len(batches):
+            for row in rows:
+                take(row)
+            progress.advance(len(batch), sum(sample.n_tokens for sample in batch))
+
+
+def find_budget(extract: Extract, longest: Sample, pad_token_id: int, device: torch.device) -> int:
+    """A token budget from the memory that the longest sample takes, which per token is the most of any.
+
+    Args:
+        extract: batch to rows of the feature store; its rows are dropped.
+        longest: the sample with the longest sequence.
+        pad_token_id: fills the padding.
+        device: where the model is.
+
+    Returns:
+        Tokens per batch; a fixed number on a CPU, whose memory nobody can measure so.
+    """
+    if device.type != "cuda":
+        return DEFAULT_BUDGET
+    batch = [longest]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0]
+    if _attempt(extract, collate(batch, pad_token_id, device)) is None:
+        return padded_tokens(batch)
+    used = max(torch.cuda.max_memory_allocated(device) - before, 1)
+    fitting = int(SHARE_OF_MEMORY * free / used * padded_tokens(batch))
+    return max(padded_tokens(batch), min(fitting, LARGEST_BUDGET))
+
+
+def padded_tokens(batch: Sequence[Sample]) -> int:
+    """Tokens of a batch, padding included.
+
+    Args:
+        batch: samples with equally many sequences.
+    """
+    return sum(len(s.sequences) for s in batch) * max(len(sequence) for s in batch for sequence in s.sequences)
+
+
+def _attempt(extract: Extract, batch: Batch) -> list[dict[str, Any]] | None:
+    """Rows of a batch, or None when the memory did not suffice; then it is free again."""
+    try:
+        return extract(batch)
+    except torch.OutOfMemoryError:
+        pass  # the error holds the frames, and with them the tensors, until this block is left
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None

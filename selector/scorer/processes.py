@@ -1,0 +1,124 @@
+"""What the processes of one run have to agree on: who writes, what is finished, and whether anybody has failed.
+
+Plain data parallelism needs no wrapper around the model: every process holds it whole, works through its own share and
+waits for nobody. They meet three times, at the start, before the first write and at the end. A process that fails brings
+its error to the next meeting instead of leaving the others waiting for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+
+from selector.errors import SelectorError
+from selector.store.reader import FeatureStore
+from selector.store.schema import MANIFEST, Manifest
+
+PATIENCE = timedelta(days=7)
+"""How long a process that has finished its share waits for the others; launchers end all processes when one dies."""
+
+T = TypeVar("T")
+
+
+def process_state() -> PartialState:
+    """This process's place among those that `accelerate launch` or `torchrun` started; begins their communication.
+
+    Raises:
+        SelectorError: a launcher started more processes than Accelerate connects.
+    """
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise SelectorError(
+            "processes do not see each other, and each would do all the work", got=f"{state.num_processes} of {launched}",
+            allowed="all of them", fix="on CPU, set ACCELERATE_USE_CPU=true; else start them with `accelerate launch`",
+        )  # fmt: skip
+    return state
+
+
+@contextmanager
+def together(state: PartialState) -> Iterator[None]:
+    """Fail on every process when the block has failed on one, and wait for all at its end.
+
+    Args:
+        state: place of this process.
+
+    Raises:
+        SelectorError: naming the process that failed, on the processes that did not; the error itself where it happened.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, the others must hear of it before it ends this process
+        failure = error
+    if state.num_processes > 1:
+        message = None if failure is None else f"{type(failure).__name__}: {failure}"
+        messages = gather_object([message])
+        failed = [rank for rank, text in enumerate(messages) if text is not None]
+        if failed and failure is None:
+            raise SelectorError(f"process {failed[0]} of {state.num_processes} has failed", got=messages[failed[0]])
+    if failure is not None:
+        raise failure
+
+
+def from_main(value: T, state: PartialState) -> T:
+    """The main process's value, on every process.
+
+    Args:
+        value: what this process has; it matters on the main process only.
+        state: place of this process.
+    """
+    if state.num_processes == 1:
+        return value
+    values: list[Any] = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def finished_rows(store: Path, manifest: Manifest, state: PartialState) -> set[int]:
+    """Rows that are in a shard which any node can see; a row names a sample as long as the data set is the same.
+
+    Args:
+        store: directory of the store, on every node's own file system or on one that all share.
+        manifest: the manifest in force.
+        state: place of this process.
+    """
+    found = np.empty(0, np.int64)
+    if state.is_local_main_process and (store / MANIFEST).exists():
+        shards = [table["row"].to_numpy() for table in FeatureStore(store, manifest).shards(["row"])]
+        found = np.concatenate([found, *shards])
+    everywhere = gather_object([found]) if state.num_processes > 1 else [found]
+    return set(np.concatenate(everywhere).tolist())
+
+
+def most(count: int, state: PartialState) -> int:
+    """The largest count of any process.
+
+    Args:
+        count: of this process.
+        state: place of this process.
+    """
+    return max(gather_object([count])) if state.num_processes > 1 else count
+
+
+def on_every_file_system(state: PartialState) -> Iterator[bool]:
+    """Let the main process go first and then one process of each node, so that nodes without a shared file system write too.
+
+    Args:
+        state: place of this process.
+
+    Yields:
+        Twice, whether it is this process's turn.
+    """
+    yield state.is_main_process
+    state.wait_for_everyone()
+    yield state.is_local_main_process and not state.is_main_process
+    state.wait_for_everyone()
