@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from selector.batching import Batch
 from selector.config import Precision
 from selector.data.samples import Sample
 from selector.gradients.capture import GradientCapture, LayerFactors, gradients_of_activations_only
-from selector.gradients.losses import response_loss
+from selector.gradients.losses import RESPONSE, LossSettings, reference_log_probs, sample_losses
 from selector.gradients.targets import Target
 from selector.spectra import Core, measures, reduce_factors, solve
 from selector.types import MEASURES
@@ -29,10 +30,17 @@ class FeatureExtractor:
         model: a causal language model on its device.
         targets: the layer table.
         precision: how exactly spectra are computed.
+        loss: which loss the samples have.
+        reference: the DPO loss's reference model, where the data set has no log-probabilities of one; the model itself
+            when None.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], precision: Precision) -> None:
+    def __init__(
+        self, model: nn.Module, targets: Sequence[Target], precision: Precision, loss: LossSettings = RESPONSE,
+        reference: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.targets, self.precision = model, targets, precision
+        self.loss, self.reference = loss, reference
         self._position = {target.spec.key: i for i, target in enumerate(targets)}
         self._cores: dict[int, Core] = {}
         self._capture = GradientCapture(model, targets, self._take)
@@ -54,9 +62,11 @@ class FeatureExtractor:
         """
         self._cores = {}
         self._capture.begin(batch.sequences_per_sample)
+        if self.reference is not None:
+            batch = dataclasses.replace(batch, reference=reference_log_probs(self.reference, batch))
         with torch.enable_grad():
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            losses = response_loss(logits, batch)
+            losses = sample_losses(logits, batch, self.loss)
             losses.sum().backward()
         self._capture.finish()
         measured = sorted(self._cores)
