@@ -23,10 +23,16 @@ from selector.types import PROJECTIONS
 
 Precision = Literal["auto", "fast", "high", "reference"]
 Truncation = Literal["error", "truncate-prompt", "truncate-completion", "skip"]
-Format = Literal["auto", "prompt-completion", "instruction", "messages", "text"]
+Format = Literal["auto", "rollouts", "rollout", "preference", "prompt-completion", "instruction", "messages", "text"]
+LossName = Literal["auto", "response", "chosen", "rejected", "dpo", "policy-gradient"]
+Normalizer = Literal["dapo", "grpo", "dr_grpo"]
+Unit = Literal["group", "rollout"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-ROLES = ("prompt", "completion", "instruction", "input", "output", "messages", "text")
+ROLES = (
+    "prompt", "completion", "instruction", "input", "output", "messages", "text", "tools", "chat_template_kwargs",
+    "chosen", "rejected", "reference_chosen", "reference_rejected", "completions", "advantages", "advantage",
+)  # fmt: skip
 """What a column can hold; the left-hand sides that `ScoreConfig.columns` accepts."""
 
 
@@ -50,6 +56,16 @@ class ScoreConfig:
     """Column with unique sample ids; without one, ids are content hashes with an occurrence number."""
     source_column: str | None = _identity(None)
     """Column that names each row's data set or mixture component; `source` is used when it exists."""
+    loss: LossName = _identity("auto")
+    """What a sample's gradient is of: the response's mean cross-entropy, the same of one side of a preference pair
+    (chosen, rejected), the pair's DPO loss, or a group of rollouts' policy-gradient loss; auto goes by the columns."""
+    beta: float = _identity(0.1)
+    """Strength of the DPO loss's tie to the reference model."""
+    normalizer: Normalizer = _identity("dapo")
+    """What divides a policy-gradient loss: dapo all tokens of the group, grpo each rollout's own tokens and then the
+    number of rollouts, dr_grpo the number of rollouts times the maximum length."""
+    unit: Unit = _identity("group")
+    """What a sample is where rows hold several rollouts: the whole group, or each rollout by itself."""
     max_length: int = _identity(4096)
     """Longest sequence in tokens; the model's own maximum when that is smaller."""
     truncation: Truncation = _identity("error")
@@ -88,6 +104,8 @@ class ScoreConfig:
             problems.append(ConfigError("sketch_dimension is no square", got=self.sketch_dimension, allowed="0, 1, 4, 9, 16, 64, 256"))
         if not 0 <= self.max_failed <= 1:
             problems.append(ConfigError("max_failed is no share", got=self.max_failed, allowed="0 to 1"))
+        if not self.beta > 0:
+            problems.append(ConfigError("beta is too small", got=self.beta, allowed="above 0"))
         if not self.projections:
             problems.append(ConfigError("no projection to measure", allowed=", ".join(PROJECTIONS)))
         for entry in self.columns:

@@ -59,7 +59,7 @@ def test_features_equal_dense_svd_of_autograd_gradients(small_llama, samples):
 def test_capture_equals_autograd_gradients_elementwise(small_llama, samples):
     """Factors, not only their spectra: a swapped pair of projections would keep every norm."""
     from selector.gradients.capture import GradientCapture, gradients_of_activations_only
-    from selector.gradients.losses import response_loss
+    from selector.gradients.losses import sample_losses
 
     targets = find_targets(small_llama)
     gradients = {}
@@ -72,7 +72,7 @@ def test_capture_equals_autograd_gradients_elementwise(small_llama, samples):
     capture = GradientCapture(small_llama, targets, keep)
     with gradients_of_activations_only(small_llama), capture:
         capture.begin()
-        response_loss(small_llama(batch.input_ids, attention_mask=batch.attention_mask).logits, batch).sum().backward()
+        sample_losses(small_llama(batch.input_ids, attention_mask=batch.attention_mask).logits, batch).sum().backward()
         capture.finish()
     for i, sample in enumerate(samples[:4]):
         for name, expected in autograd_gradients(small_llama, sample, list(gradients)).items():
@@ -81,14 +81,14 @@ def test_capture_equals_autograd_gradients_elementwise(small_llama, samples):
 
 def test_projections_of_one_input_are_handed_over_together(small_llama, samples):
     from selector.gradients.capture import GradientCapture, gradients_of_activations_only
-    from selector.gradients.losses import response_loss
+    from selector.gradients.losses import sample_losses
 
     groups = []
     capture = GradientCapture(small_llama, find_targets(small_llama), lambda f: groups.append({s.key for s in f.specs}))
     batch = collate(samples[:2], 3)
     with gradients_of_activations_only(small_llama), capture:
         capture.begin()
-        response_loss(small_llama(batch.input_ids, attention_mask=batch.attention_mask).logits, batch).sum().backward()
+        sample_losses(small_llama(batch.input_ids, attention_mask=batch.attention_mask).logits, batch).sum().backward()
         capture.finish()
     layer = [{"{}.down"}, {"{}.gate", "{}.up"}, {"{}.o"}, {"{}.q", "{}.k", "{}.v"}]
     assert groups == [{key.format(i) for key in keys} for i in (1, 0) for keys in layer]

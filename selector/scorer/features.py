@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from selector.batching import Batch
 from selector.config import Precision
 from selector.data.samples import Sample
 from selector.gradients.capture import GradientCapture, LayerFactors, gradients_of_activations_only
-from selector.gradients.losses import response_loss
+from selector.gradients.losses import RESPONSE, LossSettings, reference_log_probs, sample_losses
 from selector.gradients.targets import Target
 from selector.spectra import Core, SketchConfig, measures, reduce_factors, sketch, solve
 from selector.types import MEASURES
@@ -31,10 +32,17 @@ class FeatureExtractor:
         targets: the layer table.
         precision: how exactly spectra are computed.
         sketch: how gradients are sketched; not at all when None.
+        loss: which loss the samples have.
+        reference: the DPO loss's reference model, where the data set has no log-probabilities of one; the model itself
+            when None.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], precision: Precision, sketch: SketchConfig | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, targets: Sequence[Target], precision: Precision, sketch: SketchConfig | None = None,
+        loss: LossSettings = RESPONSE, reference: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.targets, self.precision, self.sketch = model, targets, precision, sketch
+        self.loss, self.reference = loss, reference
         self.forward_seconds = 0.0
         """Time that forward passes have taken so far: the unit in which a training step is reckoned."""
         self._position = {target.spec.key: i for i, target in enumerate(targets)}
@@ -59,11 +67,13 @@ class FeatureExtractor:
         """
         self._cores, self._sketches = {}, {}
         self._capture.begin(batch.sequences_per_sample)
+        if self.reference is not None:
+            batch = dataclasses.replace(batch, reference=reference_log_probs(self.reference, batch))
         clock = Stopwatch(batch.input_ids.device)
         with torch.enable_grad():
             with clock:
                 logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            losses = response_loss(logits, batch)
+            losses = sample_losses(logits, batch, self.loss)
             losses.sum().backward()
         self._capture.finish()
         measured = sorted(self._cores)
