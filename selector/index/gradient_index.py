@@ -24,13 +24,13 @@ from jaxtyping import Bool, Float, Float32, Int, Int64
 
 from selector.errors import GradientIndexError
 from selector.index import storage
-from selector.index.backend import Backend, Candidates, lists, rank
+from selector.index.backend import Backend, Candidates, Metric, lists, rank
 from selector.index.building import choose_library, fit_rotation, flat, members_table, open_engine, plan_engine, rotate
 from selector.index.faiss_backend import FaissIVF
 from selector.index.filters import Filter
 from selector.index.result import SearchResult
 from selector.index.rotation import Rotation
-from selector.index.tuning import ENERGY, Kind, Metric, Plan
+from selector.index.tuning import ENERGY, Kind, Plan
 from selector.index.vectors import Method, Standardization, read_features
 from selector.neighbours import NeighbourLists
 from selector.store.reader import FeatureStore
