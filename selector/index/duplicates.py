@@ -23,7 +23,7 @@ from torch import Tensor
 
 from selector.index.pairs import ROUNDING, SETTLED, propose_pairs, settle_pairs, tensor
 
-PER_CELL = 1000
+PER_CELL = 500
 """Vectors per cell that are aimed at."""
 
 TRAINED_ON = 32
@@ -119,7 +119,7 @@ def _centroids(vectors: Float32[np.ndarray, "N R"], radius: float, device: str, 
     gaps = torch.cdist(centroids, centroids).cpu().numpy()
     kept: list[int] = []
     for cell in range(cells):
-        if not kept or gaps[cell, kept].min() > 2 * radius:
+        if not kept or gaps[cell, kept].min() > radius:
             kept.append(cell)
     return centroids[torch.tensor(kept, device=device)]
 
