@@ -12,8 +12,6 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from selector.neighbours import NeighbourLists
-
 Metric = Literal["cosine", "l2"]
 
 BLOCK_BYTES = 64 << 20
@@ -119,8 +117,3 @@ def radius(threshold: float, metric: Metric) -> float:
         metric: `"cosine"` or `"l2"`.
     """
     return float(np.sqrt(2 * (1 - threshold))) if metric == "cosine" else -threshold
-
-
-def lists(ranked: tuple[np.ndarray, np.ndarray, np.ndarray], metric: Metric) -> NeighbourLists:
-    """Neighbour lists from what `rank` returns."""
-    return NeighbourLists(ranked[0], ranked[1], similarity(ranked[2], metric))

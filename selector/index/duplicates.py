@@ -153,7 +153,9 @@ def _components(x: Float32[Tensor, "T R"], members: int, radius: float, leading:
     order = labels
     if len(x) > CROWDED:
         _join_balls(x, labels, radius, leading)
-        order = np.concatenate([np.argsort(labels[:members], kind="stable"), members + np.argsort(labels[members:], kind="stable")])
+        order = np.concatenate(
+            [np.argsort(labels[:members], kind="stable"), members + np.argsort(labels[members:], kind="stable")]
+        )
         x = x[torch.from_numpy(order).to(x.device)]
     step = min(BLOCK, max(1, ELEMENTS // len(x)))
     for start in range(0, members, step):

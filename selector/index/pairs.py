@@ -12,9 +12,6 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from selector.index.backend import Metric, similarity
-from selector.neighbours import NeighbourLists
-
 ROUNDING = 1e-5
 """Bound on the error of a squared distance from matrix products, relative to the squared lengths; 80 float32 units."""
 
@@ -73,7 +70,9 @@ def settle_pairs(
         j: rows of y.
     """
     rows, columns = (torch.from_numpy(part).to(x.device) for part in (i, j))
-    parts = [(x[a] - y[b]).square_().sum(dim=1) for a, b in zip(rows.split(SETTLED), columns.split(SETTLED), strict=True)]
+    parts = [
+        (x[a] - y[b]).square_().sum(dim=1) for a, b in zip(rows.split(SETTLED), columns.split(SETTLED), strict=True)
+    ]
     return torch.cat(parts).cpu().numpy() if parts else np.zeros(0, np.float32)
 
 
@@ -83,9 +82,8 @@ def within(
     radius: float,
     *,
     leading: int,
-    metric: Metric,
     device: str,
-) -> NeighbourLists:
+) -> tuple[Int64[np.ndarray, " E"], Int64[np.ndarray, " E"], Float32[np.ndarray, " E"]]:
     """Every member within a distance of each query, by a scan of the whole pool.
 
     Args:
@@ -93,21 +91,20 @@ def within(
         vectors: the pool.
         radius: largest distance.
         leading: dimensions that propose.
-        metric: for the similarities.
         device: a torch device.
+
+    Returns:
+        Queries, positions and squared distances of all pairs; by query, then distance, then position.
     """
     asked = tensor(queries, device)
     step = max(1, ELEMENTS // max(1, len(queries)))
-    rows, positions, squares = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
     for start in range(0, len(vectors) if len(queries) else 0, step):
         block = tensor(vectors[start : start + step], device)
         i, j = propose_pairs(asked, block, radius, leading)
-        distances = settle_pairs(asked, block, i, j)
-        close = distances <= radius**2
-        rows.append(i[close])
-        positions.append(j[close] + start)
-        squares.append(distances[close])
-    row, position, square = (np.concatenate(parts) for parts in (rows, positions, squares))
-    order = np.lexsort((position, square, row))
-    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(row, minlength=len(queries)))])
-    return NeighbourLists(indptr, position[order], similarity(square[order], metric))
+        squares = settle_pairs(asked, block, i, j)
+        close = squares <= radius**2
+        found.append((i[close], j[close] + start, squares[close]))
+    row, position, squares = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.lexsort((position, squares, row))
+    return row[order], position[order], squares[order]
