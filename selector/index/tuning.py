@@ -15,10 +15,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from selector.errors import GradientIndexError
-from selector.index.backend import Backend, Candidates, rank
+from selector.index.backend import Backend, Candidates, Metric, rank
 from selector.index.faiss_backend import FaissIVF
 
-Metric = Literal["cosine", "l2"]
 Kind = Literal["flat", "ivf", "ivf-sq8", "ivf-pq"]
 
 FLAT_LIMIT = 50_000
