@@ -1,24 +1,45 @@
-"""From scores and a policy to a selection, and the random control that every selection is held against."""
+"""From scores, an index and a policy to a selection."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float, Int
 
 from selector.errors import SelectionError
-from selector.policies import Budget, run_policy
-from selector.scores import LengthControl, read_scores, score
-from selector.scores.aggregate import Aggregation
+from selector.neighbours import Neighbours
+from selector.policies import Budget, MemberNeighbours, Pool, run_policy
+from selector.scores import Aggregation, LengthControl, read_scores, score
 from selector.selection import Selection
+from selector.shortlist import can_shortlist, shortlist
 from selector.store import FeatureStore
 from selector.types import Picks, Scores
 
-LENGTH_BINS = 20
-"""Bins of length in which a matched control draws; within a bin lengths differ by a few percent."""
+
+@runtime_checkable
+class VectorIndex(Neighbours, Protocol):
+    """What is asked of an index: `selector.index.GradientIndex` is one."""
+
+    @property
+    def ids(self) -> np.ndarray:
+        """[N] str, by position."""
+        ...
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """[N, D] float32, by position; inner products and distances are those that the index searches by."""
+        ...
+
+    def project(self, vectors: Any) -> np.ndarray:
+        """Bring vectors [M, D] from the space that was indexed to that of `vectors`."""
+        ...
 
 
 def select(
@@ -27,6 +48,9 @@ def select(
     budget: Budget | int | float | str = 0.1,
     policy: str = "top",
     *,
+    index: VectorIndex | None = None,
+    vectors: Float[np.ndarray, "N D"] | None = None,
+    target: Float[np.ndarray, "M D"] | Sequence[str] | None = None,
     control: str | LengthControl = "length",
     aggregation: Aggregation | None = None,
     higher_first: bool | None = None,
@@ -36,12 +60,17 @@ def select(
     """Pick the samples to train on.
 
     Args:
-        scored: a feature store; or scores; or the path of a table of scores.
+        scored: a feature store; or scores; or the path of a table of scores, of which the policies top, quota and
+            proportional read only what the budget can reach.
         by: what to score by, as in `scores.score` (effective rank when None); for a table, the name of one of its
             scores (the first when None). Scores that are passed are used as they are.
         budget: how much to pick: `500`, `"10%"`, `0.1`, `"200k tokens"`, `"10% tokens"`. A share is one of the samples
             that have a score. Tokens are never exceeded, and missed by less than one sample.
         policy: name of a registered policy.
+        index: an index of the samples, for policies about similarity.
+        vectors: a vector for each sample that was scored, in the order of the scores, instead of those of the index;
+            such as sketches, which keep the length of gradients.
+        target: for policies that match a target, its vectors; or ids of samples of the pool, which are then not picked.
         control: length control, for a store.
         aggregation: how features become one number, for a store.
         higher_first: direction, for a store.
@@ -54,8 +83,15 @@ def select(
 
     Raises:
         ConfigError: unknown policy, score or option, or a budget that cannot be read.
-        SelectionError: nothing has a score.
+        SelectionError: nothing has a score, or a sample or target is not in the index.
     """
+    parsed = Budget.parse(budget)
+    settings = {"policy": policy, "options": options, "budget": str(parsed), "seed": seed}
+    if isinstance(scored, str | Path) and can_shortlist(policy, options):
+        short = shortlist(scored, by, parsed, policy, options)
+        _check(short.scores)
+        picks = run_policy(short.policy, short.scores, short.budget, seed=seed, **short.options)
+        return _selection(short.scores, replace(picks, removed=short.removed), settings, short.sources)
     if isinstance(scored, FeatureStore):
         scores = score(
             scored, by or "effective_rank", control=control, aggregation=aggregation, higher_first=higher_first
@@ -64,62 +100,92 @@ def select(
         scores = scored
     else:
         scores = read_scores(scored, by)
-    if not np.isfinite(scores.values).any():
+    pool = scores if target is None or isinstance(target, np.ndarray) else _without(scores, target)
+    _check(pool)
+    attach = _attach(scores, index, vectors, target)
+    picks = run_policy(policy, pool, parsed, seed=seed, attach=attach, **options)
+    return _selection(scores, picks, settings, _by_source(scores.source, scores.n_tokens))
+
+
+def _check(pool: Scores) -> None:
+    if not np.isfinite(pool.values).any():
+        raise SelectionError("no sample has a score", fix="look at the status of the samples with `selector info`")
+
+
+def _attach(
+    scores: Scores,
+    index: VectorIndex | None,
+    vectors: Float[np.ndarray, "N D"] | None,
+    target: np.ndarray | Sequence[str] | None,
+) -> Callable[[Pool, np.ndarray], Pool]:
+    """What adds vectors, neighbours and a target to a pool."""
+    if vectors is not None and len(vectors) != len(scores):
         raise SelectionError(
-            "no sample has a score", got=f"{len(scores)} samples", fix="look at the status column with `selector info`"
+            "vectors do not fit the scores",
+            got=f"{len(vectors)} vectors",
+            allowed=f"{len(scores)}, in the order of the scores",
         )
-    parsed = Budget.parse(budget)
-    picks = run_policy(policy, scores, parsed, seed=seed, **options)
-    settings = {"policy": policy, "options": options, "budget": str(parsed), "seed": seed}
-    return _selection(scores, picks, settings)
+
+    def attach(pool: Pool, kept: np.ndarray) -> Pool:
+        members = None if index is None else find(pool.ids, index.ids, "the index")
+        found = target
+        if found is not None and not isinstance(found, np.ndarray):
+            if vectors is not None:
+                found = vectors[find(np.array(found, dtype=object), scores.ids, "the pool")]
+            elif index is not None:
+                found = index.vectors[find(np.array(found, dtype=object), index.ids, "the index")]
+            else:
+                raise SelectionError("a target of sample ids needs vectors", fix="pass index=... or vectors=...")
+        elif found is not None and vectors is None and index is not None:
+            found = index.project(found)
+        own = vectors[kept] if vectors is not None else None
+        if own is None and index is not None and members is not None:
+            own = index.vectors[members]
+        neighbours = None if index is None or members is None else MemberNeighbours(index, members)
+        return replace(pool, vectors=own, neighbours=neighbours, target=found)
+
+    return attach
 
 
-def matched_random(selection: Selection, scores: Scores, *, seed: int = 0) -> Selection:
-    """A random selection with the token budget and length profile of another one, to tell its merit from its length.
-
-    Lengths are split in bins at the quantiles of the selection. In each bin samples are drawn from the whole pool until
-    the next one would exceed the tokens that the selection spends there; what a bin leaves over passes to the next.
+def find(asked: np.ndarray, ids: np.ndarray, where: str) -> Int[np.ndarray, " K"]:
+    """Positions of sample ids.
 
     Args:
-        selection: the selection to be compared with.
-        scores: the pool that it was made from.
-        seed: all that chance may depend on.
+        asked: [K] str.
+        ids: [N] str.
+        where: what holds the ids, for messages.
 
-    Returns:
-        Picks in random order; never more tokens than the selection has.
+    Raises:
+        SelectionError: some are not there.
     """
-    settings = {"policy": "matched random", "of": selection.provenance, "seed": seed}
-    rng = np.random.default_rng(seed)
-    by_id = np.argsort(scores.ids, kind="stable")
-    pool = rng.permutation(by_id[np.isfinite(scores.values[by_id])])
-    n_tokens = np.asarray(scores.n_tokens, dtype=np.int64)
-    edges = (
-        np.unique(np.quantile(selection.n_tokens, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]))
-        if len(selection)
-        else np.zeros(0)
-    )
-    spent = np.bincount(
-        np.searchsorted(edges, selection.n_tokens), weights=selection.n_tokens, minlength=len(edges) + 1
-    )
-    bins = np.searchsorted(edges, n_tokens[pool])
-    left, drawn = 0, []
-    for i in reversed(range(len(edges) + 1)):
-        left += int(spent[i])
-        members = Budget(left, "tokens").prefix(pool[bins == i], n_tokens)
-        left -= int(n_tokens[members].sum())
-        drawn.append(members)
-    positions = rng.permutation(np.concatenate(drawn))
-    reasons = np.array(["drawn at random, matched in length"] * len(positions), dtype=object)
-    return _selection(scores, Picks(positions, reasons), settings)
+    wanted = pa.array(asked, pa.string())
+    found = pc.index_in(wanted, value_set=pa.array(ids, pa.string()))
+    if found.null_count:
+        missing = wanted.filter(found.is_null()).to_pylist()
+        raise SelectionError(
+            f"{len(missing)} samples are not in {where}", got=", ".join(missing[:5]), fix="add them, or score them too"
+        )
+    return found.to_numpy().astype(np.int64)
 
 
-def _selection(scores: Scores, picks: Picks, settings: dict[str, Any]) -> Selection:
+def _without(scores: Scores, target: Sequence[str]) -> Scores:
+    values = scores.values.copy()
+    values[find(np.array(target, dtype=object), scores.ids, "the pool")] = np.nan
+    return replace(scores, values=values)
+
+
+def _selection(scores: Scores, picks: Picks, settings: dict[str, Any], before: dict[str, tuple[int, int]]) -> Selection:
     at = picks.positions
+    after = _by_source(scores.source[at], scores.n_tokens[at])
+    keys = ("samples", "tokens", "picked_samples", "picked_tokens")
+    sources = {
+        name: dict(zip(keys, (*counts, *after.get(name, (0, 0))), strict=True)) for name, counts in before.items()
+    }
     provenance = {
         **settings,
         "scores": scores.provenance,
         "removed": picks.removed,
-        "sources": count_by_source(scores, at),
+        "sources": sources,
         "versions": {name: _version(name) for name in ("gradient-selector", "numpy")},
     }
     return Selection(
@@ -133,24 +199,12 @@ def _selection(scores: Scores, picks: Picks, settings: dict[str, Any]) -> Select
     )
 
 
-def count_by_source(scores: Scores, positions: Int[np.ndarray, " K"]) -> dict[str, dict[str, int]]:
-    """Samples and tokens of each source before and after a selection.
-
-    Args:
-        scores: the pool.
-        positions: the picked samples.
-
-    Returns:
-        By source: samples, tokens, picked_samples, picked_tokens.
-    """
-    names, codes = np.unique(scores.source.astype(str), return_inverse=True)
-    counts = {
-        "samples": np.bincount(codes, minlength=len(names)),
-        "tokens": np.bincount(codes, weights=scores.n_tokens, minlength=len(names)),
-        "picked_samples": np.bincount(codes[positions], minlength=len(names)),
-        "picked_tokens": np.bincount(codes[positions], weights=scores.n_tokens[positions], minlength=len(names)),
-    }
-    return {str(name): {key: int(column[i]) for key, column in counts.items()} for i, name in enumerate(names)}
+def _by_source(source: np.ndarray, n_tokens: Int[np.ndarray, " N"]) -> dict[str, tuple[int, int]]:
+    """Samples and tokens of each source."""
+    names, codes = np.unique(source.astype(str), return_inverse=True)
+    tokens = np.bincount(codes, weights=n_tokens, minlength=len(names))
+    counts = np.bincount(codes, minlength=len(names))
+    return {name: (int(n), int(t)) for name, n, t in zip(names.tolist(), counts, tokens, strict=True)}
 
 
 def _version(distribution: str) -> str:
