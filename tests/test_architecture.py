@@ -20,7 +20,7 @@ LEVELS = {
     2: ("data", "store", "spectra"),
     3: ("batching", "selection", "index", "scores", "sampling.order"),
     4: ("gradients", "policies", "sampling"),
-    5: ("selecting", "comparing", "shortlist", "export", "testing", "report"),
+    5: ("selecting", "export", "testing", "report"),
     6: ("scorer", "plots"),
     7: ("cli", "integrations"),
     8: ("__main__",),

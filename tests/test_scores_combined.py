@@ -93,7 +93,9 @@ def test_ridge_by_conjugate_gradients_is_ridge():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 6)), rng.normal(size=40)
     penalty = 0.3 * np.square(x).sum(axis=1).mean()
-    np.testing.assert_allclose(ridge(Embeddings(x), y, 0.3), np.linalg.solve(x.T @ x + penalty * np.eye(6), x.T @ y), atol=1e-8)
+    np.testing.assert_allclose(
+        ridge(Embeddings(x), y, 0.3), np.linalg.solve(x.T @ x + penalty * np.eye(6), x.T @ y), atol=1e-8
+    )
 
 
 def test_hashed_words_are_a_matrix():

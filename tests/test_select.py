@@ -10,10 +10,9 @@ from exact_neighbours import ExactNeighbours
 
 from selector.errors import ConfigError, SelectionError
 from selector.scores import write_scores
-from selector.comparing import compare, matched_random
-from selector.selecting import select
+from selector.selecting import compare, matched_random, select
+from selector.selecting.shortlist import within_reach
 from selector.selection import Selection
-from selector.shortlist import within_reach
 from selector.testing import make_pool, shuffled
 
 

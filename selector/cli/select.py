@@ -62,7 +62,7 @@ class SelectCommand(Command):
     def run(self) -> int:
         from selector.index import GradientIndex
         from selector.scores import read_scores, score, write_scores
-        from selector.select import matched_random, select
+        from selector.selecting import matched_random, select
         from selector.store import FeatureStore
 
         if self.store.is_dir() and not (self.store / MANIFEST).exists():

@@ -6,6 +6,7 @@ import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -101,7 +102,7 @@ class HashedWords:
         indptr, columns, values = [0], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
         for text in texts:
             words = _TOKEN.findall(text.lower())
-            grams = [*words, *(f"{a} {b}" for a, b in zip(words, words[1:], strict=False))]
+            grams = [*words, *(f"{a} {b}" for a, b in pairwise(words))]
             for gram in grams:
                 if gram not in bucket_of:
                     bucket_of[gram] = zlib.crc32(gram.encode()) % BUCKETS

@@ -17,8 +17,8 @@ from selector.errors import SelectionError
 from selector.neighbours import Neighbours
 from selector.policies import Budget, MemberNeighbours, Pool, run_policy
 from selector.scores import Aggregation, LengthControl, read_scores, score
+from selector.selecting.shortlist import can_shortlist, shortlist
 from selector.selection import Selection
-from selector.shortlist import can_shortlist, shortlist
 from selector.store import FeatureStore
 from selector.types import Picks, Scores
 
@@ -159,7 +159,7 @@ def find(asked: np.ndarray, ids: np.ndarray, where: str) -> Int[np.ndarray, " K"
         SelectionError: some are not there.
     """
     wanted = pa.array(asked, pa.string())
-    found = pc.index_in(wanted, value_set=pa.array(ids, pa.string()))
+    found = pc.index_in(wanted, value_set=pa.array(ids, pa.string()))  # pyright: ignore[reportAttributeAccessIssue]
     if found.null_count:
         missing = wanted.filter(found.is_null()).to_pylist()
         raise SelectionError(

@@ -1,24 +1,17 @@
-"""What a selection is held against: a random control of the same size and lengths, and other selections."""
+"""Two selections from one pool, side by side."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from selector.errors import SelectionError
 from selector.neighbours import Neighbours
-from selector.policies import Budget
-from selector.policies.base import canonical_order
 from selector.policies.coverage import similarity_to_itself
+from selector.selecting.run import find
 from selector.selection import Selection
 from selector.types import Scores
-
-LENGTH_BINS = 20
-"""Bins of length in which a matched control draws; within a bin lengths differ by a few percent."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ def compare(
     Raises:
         SelectionError: a selection holds samples that are not in the pool.
     """
-    a, b = _positions(first, scores), _positions(second, scores)
+    a, b = (find(one.ids, scores.ids, "the pool") for one in (first, second))
     shared = len(np.intersect1d(a, b, assume_unique=True))
     union = len(a) + len(b) - shared
     chance = len(a) * len(b) / max(len(scores), 1)
@@ -91,55 +84,6 @@ def compare(
         source_shift=sum(abs(mixtures[0][name] - mixtures[1][name]) for name in mixtures[0]) / 2,
         coverage=None if neighbours is None else _coverage(neighbours, k, a, b),
     )
-
-
-def matched_random(selection: Selection, scores: Scores, *, seed: int = 0) -> Selection:
-    """A random selection with the token budget and length profile of another one, to tell its merit from its length.
-
-    Lengths are split in bins at the quantiles of the selection. In each bin samples are drawn from the whole pool until
-    the next one would exceed the tokens that the selection spends there; what a bin leaves over passes to the next.
-
-    Args:
-        selection: the selection to be compared with.
-        scores: the pool that it was made from.
-        seed: all that chance may depend on.
-
-    Returns:
-        Picks in random order; never more tokens than the selection has.
-    """
-    rng = np.random.default_rng(seed)
-    pool = rng.permutation(canonical_order(scores.ids, scores.values))
-    n_tokens = np.asarray(scores.n_tokens, dtype=np.int64)
-    cuts = np.linspace(0, 1, LENGTH_BINS + 1)[1:-1]
-    edges = np.unique(np.quantile(selection.n_tokens, cuts)) if len(selection) else np.zeros(0)
-    own = np.searchsorted(edges, selection.n_tokens)
-    spent = np.bincount(own, weights=selection.n_tokens, minlength=len(edges) + 1)
-    bins = np.searchsorted(edges, n_tokens[pool])
-    left, drawn = 0, []
-    for i in reversed(range(len(edges) + 1)):
-        left += int(spent[i])
-        members = Budget(left, "tokens").prefix(pool[bins == i], n_tokens)
-        left -= int(n_tokens[members].sum())
-        drawn.append(members)
-    picked = rng.permutation(np.concatenate(drawn))
-    return Selection(
-        ids=scores.ids[picked],
-        rows=scores.rows[picked],
-        weights=np.ones(len(picked)),
-        scores=scores.values[picked],
-        n_tokens=scores.n_tokens[picked],
-        reasons=np.array(["drawn at random, matched in length"] * len(picked), dtype=object),
-        provenance={"policy": "matched random", "seed": seed, "of": selection.provenance},
-    )
-
-
-def _positions(selection: Selection, scores: Scores) -> Int[np.ndarray, " K"]:
-    asked = pa.array(selection.ids, pa.string())
-    found = pc.index_in(asked, value_set=pa.array(scores.ids, pa.string()))
-    if found.null_count:
-        missing = asked.filter(found.is_null()).to_pylist()
-        raise SelectionError(f"{len(missing)} samples of a selection are not in the pool", got=", ".join(missing[:5]))
-    return found.to_numpy().astype(np.int64)
 
 
 def _profile(positions: Int[np.ndarray, " K"], scores: Scores) -> Profile:

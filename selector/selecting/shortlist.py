@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def within_reach(
     bounds = (
         np.searchsorted(groups[order], np.arange(len(shares) + 1)) if len(shares) > 1 else np.array([0, len(order)])
     )
-    members = [order[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    members = [order[a:b] for a, b in pairwise(bounds)]
     spent = [np.cumsum(costs[rows], dtype=np.int64) for rows in members]
     largest = int(costs.max(initial=0))
     # equal scores may come in another order than here, which moves what a group has spent at a turn by one sample
