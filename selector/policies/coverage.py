@@ -112,8 +112,7 @@ def coverage_graph(lists: NeighbourLists) -> CoverageGraph:
     """
     n = len(lists)
     covered = np.repeat(np.arange(n), np.diff(lists.indptr))
-    # -distance is never positive, cosines of neighbours are: the similarity of a sample to itself is 0 or 1
-    itself = 1.0 if len(lists.similarities) and lists.similarities.max() > 0 else 0.0
+    itself = similarity_to_itself(lists)
     floor = float(lists.similarities.min()) if len(lists.similarities) else itself - 1
     ends = np.concatenate([covered, lists.positions]), np.concatenate([lists.positions, covered])
     weight = np.concatenate([lists.similarities, lists.similarities]).astype(np.float64) - floor
@@ -121,6 +120,15 @@ def coverage_graph(lists: NeighbourLists) -> CoverageGraph:
     edges, first = np.unique(ends[0] * n + ends[1], return_index=True)
     indptr = np.searchsorted(edges, np.arange(n + 1) * n)
     return CoverageGraph(indptr, edges % n, _grid(weight[first]), max(float(_grid(itself - floor)), 1 / GRID))
+
+
+def similarity_to_itself(lists: NeighbourLists) -> float:
+    """What a sample's similarity to itself would be: 1 for cosines, 0 for negative distances, which are never positive.
+
+    Args:
+        lists: neighbours of each sample of a pool.
+    """
+    return 1.0 if (lists.similarities > 0).any() else 0.0
 
 
 def lazy_greedy(graph: CoverageGraph, bonus: Float[np.ndarray, " N"], meter: Meter) -> tuple[list[int], list[float]]:

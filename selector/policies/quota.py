@@ -76,7 +76,7 @@ def quota(
     elif isinstance(shares, str):
         raise ConfigError("shares cannot be read", got=shares, allowed="equal, proportional, or a number by source")
     else:
-        weights = _named_shares(shares, names.tolist()) if len(pool) else np.zeros(0)
+        weights = named_shares(shares, names.tolist()) if len(pool) else np.zeros(0)
     return _divide(
         pool, budget, codes, [repr(name) for name in names.tolist()], weights, seed, within, dict(options or {})
     )
@@ -150,7 +150,16 @@ def _divide(
     return Picks(picked, reasons, removed={"no quota": unnamed} if unnamed else {})
 
 
-def _named_shares(shares: Mapping[str, int | float], names: list[str]) -> Float[np.ndarray, " G"]:
+def named_shares(shares: Mapping[str, int | float], names: list[str]) -> Float[np.ndarray, " G"]:
+    """Shares of sources in the order of their names, 0 for those that are not named.
+
+    Args:
+        shares: share by source.
+        names: the sources that occur.
+
+    Raises:
+        ConfigError: a source that does not occur, or shares that are not positive.
+    """
     unknown = [name for name in shares if name not in names]
     if unknown:
         raise ConfigError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Float64, Num
 
 from selector.types import Scores
 
@@ -27,6 +28,23 @@ def length_correlation(scores: Scores) -> LengthCorrelation:
         scores: scores of a pool; samples without a score are left out.
     """
     return LengthCorrelation(spearman(scores.raw, scores.n_tokens), spearman(scores.values, scores.n_tokens))
+
+
+def correlations(scores: Mapping[str, Scores]) -> tuple[list[str], Float64[np.ndarray, "S S"]]:
+    """Spearman correlations of all scores with each other and with length.
+
+    Args:
+        scores: scores by name, of the same samples in the same order.
+
+    Returns:
+        Names (those of the scores, then `n_tokens` and `n_loss_tokens`) and the symmetric matrix; NaN where one of the
+        two does not vary.
+    """
+    first = next(iter(scores.values()))
+    columns = {name: one.values for name, one in scores.items()}
+    columns |= {"n_tokens": first.n_tokens, "n_loss_tokens": first.n_loss_tokens}
+    matrix = np.array([[spearman(a, b) for b in columns.values()] for a in columns.values()])
+    return list(columns), matrix
 
 
 def spearman(a: Num[np.ndarray, " N"], b: Num[np.ndarray, " N"]) -> float:
