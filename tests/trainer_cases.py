@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from selector.assets import TINY_MODEL
 from selector.selection import Selection
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 WORDS = "river stone cloud forest engine market garden winter silver bridge".split()
 
@@ -29,8 +31,13 @@ def dataset(n: int, kind: str) -> Dataset:
     """[n] rows with ids `s0`, `s1`, ... in the columns that a trainer of this kind reads."""
     prompts = [f"Question {i}: {sentence(i)}" for i in range(n)]
     columns: dict[str, list[Any]] = {"id": [f"s{i}" for i in range(n)], "prompt": prompts}
-    if kind == "sft":
+    if kind in ("sft", "kto"):
         columns["completion"] = [f" {sentence(i + 7)}." for i in range(n)]
+    if kind == "kto":
+        columns["label"] = [i % 2 == 0 for i in range(n)]
+    if kind == "dpo":
+        columns["chosen"] = [f" {sentence(i + 7)}." for i in range(n)]
+        columns["rejected"] = [" No." for i in range(n)]
     return Dataset.from_dict(columns)
 
 
@@ -43,33 +50,77 @@ def selection(ids: list[str], weights: list[float] | None = None) -> Selection:
     )  # fmt: skip
 
 
-def sft(model_path: Path, out: Path, data: Dataset, **options: Any) -> Any:
-    """A stock SFT trainer of three tiny steps' size."""
-    from trl import SFTConfig, SFTTrainer
+def trainer(kind: str, out: Path, data: Dataset, **options: Any) -> Any:
+    """A stock trainer for a tiny random model: `sft`, `dpo`, `kto`, `grpo`, `rloo` or `plain`."""
+    import trl
 
-    settings = dict(
-        output_dir=str(out), per_device_train_batch_size=2, learning_rate=1e-4, logging_strategy="no", report_to="none",
-        save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=64, disable_tqdm=True, seed=5, optim="sgd",
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    settings: dict[str, Any] = {
+        "output_dir": str(out), "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_strategy": "no",
+        "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "optim": "sgd", "seed": 5,
+        "gradient_checkpointing": False, "disable_tqdm": True,
+    }  # fmt: skip
+    if kind == "plain":
+        data = data.map(lambda row: tokenizer(row["prompt"], padding="max_length", max_length=24, truncation=True))
+        data = data.map(lambda row: {"labels": row["input_ids"]})
+        return Trainer(model=model(tokenizer), train_dataset=data, args=TrainingArguments(**(settings | options)))
+    if kind in ("grpo", "rloo"):
+        settings |= {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 4, "beta": 0.0}
+    if kind == "sft":
+        settings |= {"max_length": 64}
+    if kind == "dpo":
+        settings |= {"max_length": 64, "precompute_ref_log_probs": False}
+    config = getattr(trl, f"{kind.upper()}Config")(**(settings | options))
+    extra: dict[str, Any] = {"reward_funcs": reward} if kind in ("grpo", "rloo") else {}
+    if kind in ("dpo", "kto"):
+        extra = {"ref_model": model(tokenizer)}
+    cls = getattr(trl, f"{kind.upper()}Trainer")
+    return cls(model=model(tokenizer), train_dataset=data, processing_class=tokenizer, args=config, **extra)
+
+
+def model(tokenizer: Any) -> LlamaForCausalLM:
+    """A random model of one layer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=len(tokenizer), max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    return SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32), train_dataset=data,
-        processing_class=AutoTokenizer.from_pretrained(model_path), args=SFTConfig(**(settings | options)),
-    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """Whether the first token is even: a fair coin for a random model."""
+    return [float(ids[0] % 2 == 0) for ids in completion_ids]
 
 
 def record(trainer: Any) -> list[list[str]]:
     """Let a trainer note the ids of the samples of every training step; the list fills as it trains."""
     seen: list[list[str]] = []
     step = trainer.training_step
-    by_tokens = {tuple(row["input_ids"]): str(row["id"]) for row in trainer.train_dataset if "input_ids" in row}
+    dataset = trainer.train_dataset
+    by_tokens = {}
+    if "input_ids" in dataset.column_names:
+        by_tokens = {_key(row["input_ids"]): row["id"] for row in dataset}
+    elif "chosen_ids" in dataset.column_names:
+        by_tokens = {_key(row["prompt_ids"] + row["chosen_ids"]): row["id"] for row in dataset}
+    elif "completion_ids" in dataset.column_names:
+        by_tokens = {_key(row["prompt_ids"] + row["completion_ids"]): row["id"] for row in dataset}
 
     def noting_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        tokens = (row[mask.bool()] for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True))
-        seen.append([by_tokens[tuple(row.tolist())] for row in tokens])
+        if isinstance(inputs, list):
+            seen.append([str(row["id"]) for row in inputs])
+        else:
+            seen.append([by_tokens[_key(row)] for row in inputs["input_ids"].tolist() if _key(row) in by_tokens])
         return step(model, inputs, *args, **kwargs)
 
     trainer.training_step = noting_step
     return seen
+
+
+def _key(tokens: list[int]) -> tuple[int, ...]:
+    """Tokens without padding and end marks, by which a row is known in any batch."""
+    return tuple(token for token in tokens if token > 3)
 
 
 class SaveAt(TrainerCallback):
@@ -83,8 +134,8 @@ class SaveAt(TrainerCallback):
 
 
 def resume(
-    model_path: Path, out: Path, *, attached: bool = True, n: int = 40, save_at: int, **options: Any
-) -> dict[str, Any]:
+    kind: str, out: Path, *, save_at: int, n: int = 30, attached: bool = True, attach_options: Any = None, **options: Any
+) -> dict[str, list[list[str]]]:
     """Train once through and once more from the checkpoint of step `save_at`.
 
     Returns:
@@ -94,23 +145,22 @@ def resume(
 
     seen: dict[str, list[list[str]]] = {}
     for run in ("whole", "resumed"):
-        trainer = sft(model_path, out, dataset(n, "sft"), **options)
+        trained = trainer(kind, out, dataset(n, kind), **options)
         if attached:
-            attach(trainer, selection([f"s{i}" for i in range(3, n - 3)]))
-        trainer.add_callback(SaveAt(save_at))
-        seen[run] = record(trainer)
-        trainer.train(resume_from_checkpoint=str(out / f"checkpoint-{save_at}") if run == "resumed" else None)
+            attach(trained, selection([f"s{i}" for i in range(3, n - 3)]), **(attach_options or {}))
+        trained.add_callback(SaveAt(save_at))
+        seen[run] = record(trained)
+        trained.train(resume_from_checkpoint=str(out / f"checkpoint-{save_at}") if run == "resumed" else None)
     return seen
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    import conftest  # maps selector.integrations
-
-    model_path, cases, out = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
-    results = {name: resume(model_path, out / name, **case) for name, case in cases.items()}
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    results = {name: resume(out=out / str(i), **case) for i, (name, case) in enumerate(cases.items())}
     (out / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
+    import conftest  # noqa: F401  # maps selector.integrations to its folder
+
     main()
