@@ -22,8 +22,9 @@ LEVELS = {
     4: ("gradients", "policies", "sampling"),
     5: ("selecting", "export", "testing", "report"),
     6: ("scorer", "plots"),
-    7: ("cli", "integrations"),
-    8: ("__main__",),
+    7: ("integrations",),
+    8: ("cli",),
+    9: ("__main__",),
 }
 """A file imports only from lower levels or from its own package (level 0 also within itself). Nothing to the left of the data flow knows what is to its right."""
 

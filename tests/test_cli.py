@@ -135,7 +135,7 @@ def test_rubbish_in_a_store_is_found(scored, tmp_path, capsys):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(bytes(content))
-    assert "is damaged" in message(capsys, ["verify", str(copy)], code=1)
+    assert "altered shard" in message(capsys, ["verify", str(copy)], code=1)
     (copy / "manifest.json").write_text(json.dumps({"format": "something"}))
     assert "is damaged" in message(capsys, ["info", str(copy)])
 

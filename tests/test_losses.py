@@ -98,7 +98,7 @@ def plain_loss(model, sample, name) -> torch.Tensor:
 def test_a_batch_gives_the_sum_of_what_each_sample_gives_alone(small_llama, tokenizer, name):
     model = small_llama.double()
     samples = samples_for(name, tokenizer)
-    found = losses_of(model, samples, SETTINGS[name])
+    found = losses_of(model, samples, loss=SETTINGS[name])
     plain = [plain_loss(model, sample, name) for sample in samples]
     # stored log-probabilities travel in float32
     assert found.tolist() == pytest.approx([p.item() for p in plain], rel=1e-6)
@@ -169,7 +169,7 @@ def test_policy_gradient_equals_that_of_the_grpo_trainer(small_llama, tokenizer,
 def test_features_of_several_sequences_equal_dense_svd_of_autograd_gradients(small_llama, tokenizer, name):
     samples = samples_for(name, tokenizer)
     targets = find_targets(small_llama)
-    extractor = FeatureExtractor(small_llama, targets, "high", SETTINGS[name])
+    extractor = FeatureExtractor(small_llama, targets, "high", loss=SETTINGS[name])
     with extractor.attached():
         rows = extractor(collate(samples, PAD))
     model = copy.deepcopy(small_llama).double()
@@ -189,7 +189,7 @@ def test_a_reference_model_counts_and_is_left_as_it_was(small_llama, tokenizer):
     samples = encode(tokenizer, PAIRS, "dpo")
     found = {}
     for name, reference in (("itself", None), ("other", other)):
-        extractor = FeatureExtractor(small_llama, find_targets(small_llama), "high", SETTINGS["dpo"], reference)
+        extractor = FeatureExtractor(small_llama, find_targets(small_llama), "high", loss=SETTINGS["dpo"], reference=reference)
         with extractor.attached():
             found[name] = extractor(collate(samples, PAD))[0]
     assert found["itself"]["loss"] == pytest.approx(math.log(2))
