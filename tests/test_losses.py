@@ -98,7 +98,7 @@ def plain_loss(model, sample, name) -> torch.Tensor:
 def test_a_batch_gives_the_sum_of_what_each_sample_gives_alone(small_llama, tokenizer, name):
     model = small_llama.double()
     samples = samples_for(name, tokenizer)
-    found = losses_of(model, samples, loss=SETTINGS[name])
+    found = losses_of(model, samples, SETTINGS[name])
     plain = [plain_loss(model, sample, name) for sample in samples]
     # stored log-probabilities travel in float32
     assert found.tolist() == pytest.approx([p.item() for p in plain], rel=1e-6)
