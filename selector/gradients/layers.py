@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from selector.registry import Registry
@@ -75,7 +75,7 @@ class Columns:
     def __len__(self) -> int:
         return self.groups * (self.stop - self.start)
 
-    def of(self, delta: Float[Tensor, "*batch O"]) -> Float[Tensor, "*batch _"]:
+    def of(self, delta: Shaped[Tensor, "*batch O"]) -> Shaped[Tensor, "*batch _"]:
         """The part's columns of an output gradient.
 
         Args:
