@@ -19,7 +19,6 @@ from typing import Any, Literal
 import yaml
 
 from selector.errors import ConfigError, SelectorError, did_you_mean, raise_all
-from selector.types import PROJECTIONS
 
 Precision = Literal["auto", "fast", "high", "reference"]
 Truncation = Literal["error", "truncate-prompt", "truncate-completion", "skip"]
@@ -27,6 +26,7 @@ Format = Literal["auto", "rollouts", "rollout", "preference", "prompt-completion
 LossName = Literal["auto", "response", "chosen", "rejected", "dpo", "policy-gradient"]
 Normalizer = Literal["dapo", "grpo", "dr_grpo"]
 Unit = Literal["group", "rollout"]
+Adapter = Literal["weight", "lora-pro", "raw"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 ROLES = (
@@ -70,10 +70,14 @@ class ScoreConfig:
     """Longest sequence in tokens; the model's own maximum when that is smaller."""
     truncation: Truncation = _identity("error")
     """What to do with longer samples: stop, cut the prompt's start, cut the completion's end, or skip with a status."""
-    projections: tuple[str, ...] = _identity(PROJECTIONS)
-    """Which projections of each layer to measure."""
+    projections: tuple[str, ...] = _identity(())
+    """Which projections of each layer to measure; all that the model has when empty."""
     layers: tuple[int, ...] = _identity(())
     """Which decoder layers to measure, negative counts from the end; all when empty."""
+    layer_names: tuple[str, ...] = _identity(())
+    """Roles of layers that are not known by name, as role=pattern: o=*.attn.attention_output."""
+    adapter: Adapter = _identity("weight")
+    """Gradient to measure under LoRA: of the full weight, of the update that the adapter makes, or of its own matrices."""
     precision: Precision = _identity("auto")
     """How exactly spectra are computed; auto is fast for bfloat16 and float16 models, high for float32 ones."""
     dtype: Dtype = _identity("auto")
@@ -106,8 +110,6 @@ class ScoreConfig:
             problems.append(ConfigError("max_failed is no share", got=self.max_failed, allowed="0 to 1"))
         if not self.beta > 0:
             problems.append(ConfigError("beta is too small", got=self.beta, allowed="above 0"))
-        if not self.projections:
-            problems.append(ConfigError("no projection to measure", allowed=", ".join(PROJECTIONS)))
         for entry in self.columns:
             role, _, column = entry.partition("=")
             if role not in ROLES or not column:
