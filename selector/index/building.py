@@ -149,7 +149,7 @@ def plan_engine(
         kind: what was asked for.
         library: `"faiss"` or `"torch"`.
         device: `"cpu"` or `"cuda"`.
-        recall: the share of true neighbors to find; half as many misses are aimed at, as the measure is a sample.
+        recall: the share of true neighbours to find; half as many misses are aimed at, as the measure is a sample.
         seed: of every random choice.
     """
     count, goal = len(vectors), (1 + recall) / 2

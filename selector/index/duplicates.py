@@ -16,12 +16,15 @@ a crowded cell first joins whole balls around a few of its vectors, after which 
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
+
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from selector.index.pairs import ROUNDING, SETTLED, propose_pairs, settle_pairs, tensor
+from selector.spectra.threads import side_by_side
 
 PER_CELL = 500
 """Vectors per cell that are aimed at."""
@@ -41,11 +44,13 @@ BALLS = 32
 ELEMENTS = 1 << 22
 """Most distances that are held at once."""
 
+CELLS = 256
+"""Cells whose links are collected before they are joined."""
+
 BLOCK = 512
 """Rows of a cell that are compared at once."""
 
 
-@torch.no_grad()
 def duplicate_labels(
     vectors: Float32[np.ndarray, "N R"], radius: float, *, leading: int, device: str = "cpu", seed: int = 0
 ) -> Int64[np.ndarray, " N"]:
@@ -66,22 +71,19 @@ def duplicate_labels(
     if count < 2:
         return labels
     centroids = _centroids(vectors[:, :leading], radius, device, seed)
-    positions, bounds, members = _cells(vectors[:, :leading], centroids, radius)
-    links: list[np.ndarray] = []
-    pending = 0
-    for cell in range(len(centroids)):
-        inside = positions[bounds[cell] : bounds[cell + 1]]
-        if members[cell] == 0 or len(inside) < 2:
-            continue
-        local = _components(tensor(vectors[inside], device), int(members[cell]), radius, leading)
-        joined = np.flatnonzero(local != np.arange(len(local)))
-        links.append(np.stack([inside[joined], inside[local[joined]]]))
-        pending += len(joined)
-        if pending > count:
-            join(labels, *np.concatenate(links, axis=1))
-            links, pending = [], 0
-    if links:
-        join(labels, *np.concatenate(links, axis=1))
+    with side_by_side() as pool:
+        positions, bounds, members = _cells(vectors[:, :leading], centroids, radius, pool)
+
+        def links(cell: int) -> Int64[np.ndarray, "2 E"]:
+            inside = positions[bounds[cell] : bounds[cell + 1]]
+            local = _components(tensor(vectors[inside], device), int(members[cell]), radius, leading)
+            joined = np.flatnonzero(local != np.arange(len(local)))
+            return np.stack([inside[joined], inside[local[joined]]])
+
+        filled = np.flatnonzero(members)
+        for start in range(0, len(filled), CELLS):
+            found = np.concatenate(list(pool.map(links, filled[start : start + CELLS])), axis=1)
+            join(labels, found[0], found[1])
     return labels
 
 
@@ -125,23 +127,23 @@ def _centroids(vectors: Float32[np.ndarray, "N R"], radius: float, device: str, 
 
 
 def _cells(
-    vectors: Float32[np.ndarray, "N R"], centroids: Float32[Tensor, "C R"], radius: float
-) -> tuple[Int64[np.ndarray, " E"], Int64[np.ndarray, " C+1"], Int64[np.ndarray, " C"]]:
-    """Positions cell by cell, its members first and then its visitors; bounds of the cells; members of each."""
+    vectors: Float32[np.ndarray, "N d"], centroids: Float32[Tensor, "C d"], radius: float, pool: Executor
+) -> tuple[Int64[np.ndarray, " E"], Int64[np.ndarray, " _"], Int64[np.ndarray, " C"]]:
+    """Positions cell by cell, its members first and then its visitors; [C + 1] bounds of the cells; members of each."""
     squares = centroids.square().sum(dim=1)
     reach = radius * torch.cdist(centroids, centroids)
-    positions, cells, visiting = [], [], []
     step = max(1, ELEMENTS // len(centroids))
-    for start in range(0, len(vectors), step):
+
+    def assign(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         block = tensor(vectors[start : start + step], str(centroids.device))
         distances = torch.addmm(squares, block, centroids.T, alpha=-2)
         near, home = distances.min(dim=1)
         slack = 2 * ROUNDING * float(block.square().sum(dim=1).max() + squares.max())
         row, cell = np.nonzero((distances <= reach[home].add_((near + slack)[:, None])).cpu().numpy())
-        positions.append(row + start)
-        cells.append(cell)
-        visiting.append(cell != home.cpu().numpy()[row])
-    position, cell, visitor = (np.concatenate(parts) for parts in (positions, cells, visiting))
+        return row + start, cell, cell != home.cpu().numpy()[row]
+
+    parts = pool.map(assign, range(0, len(vectors), step))
+    position, cell, visitor = (np.concatenate(part) for part in zip(*parts, strict=True))
     order = np.lexsort((visitor, cell))
     bounds = np.searchsorted(cell[order], np.arange(len(centroids) + 1))
     return position[order], bounds, np.bincount(cell[~visitor], minlength=len(centroids))

@@ -41,7 +41,7 @@ from selector.types import MEASURES, Scores
 class GradientIndex(VectorPool):
     """Vectors of samples, searchable by id, by vector and by metadata. Make one with `build`, `from_vectors` or `open`.
 
-    It answers what policies ask (`selector.neighbours.Neighbours`): neighbors, a neighbor graph, and near-duplicates.
+    It answers what policies ask (`selector.neighbours.Neighbours`): neighbours, a neighbour graph, and near-duplicates.
 
     Args:
         members: ids and metadata, positions as rows.
@@ -241,7 +241,7 @@ class GradientIndex(VectorPool):
             parts.append(f"{plan.n_probe} of {self._engine.lists} lists probed")
         if plan.recall < 1 or plan.expansion > 1:
             short = "" if plan.recall >= plan.goal else f", short of the {plan.goal:g} asked for"
-            parts.append(f"{plan.expansion} candidates per neighbor ranked, recall@10 {plan.recall:.4f}{short}")
+            parts.append(f"{plan.expansion} candidates per neighbour ranked, recall@10 {plan.recall:.4f}{short}")
         if self.standardization is not None and self.standardization.missing:
             parts.append(f"{self.standardization.missing:,} missing features set to the center")
         return "; ".join([*parts, self._engine.name])
@@ -253,7 +253,7 @@ class GradientIndex(VectorPool):
 
         Args:
             vectors: [Q, D] in the space that was indexed; for spectral features, `index.standardization.apply(features)`.
-            k: most neighbors per query; all that pass the filter where there are fewer.
+            k: most neighbours per query; all that pass the filter where there are fewer.
             where: which members may be returned.
             opposing: search with the negated vectors: members whose gradients pull the other way.
 
@@ -272,7 +272,7 @@ class GradientIndex(VectorPool):
 
         Args:
             ids: [Q] sample ids, each in the index.
-            k: most neighbors per query; a member is not its own neighbor.
+            k: most neighbours per query; a member is not its own neighbour.
             where: which members may be returned.
             opposing: search with the negated vectors.
 

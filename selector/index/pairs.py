@@ -32,7 +32,6 @@ def tensor(vectors: np.ndarray, device: str) -> Tensor:
     return torch.tensor(np.asarray(vectors), device=device)
 
 
-@torch.no_grad()
 def propose_pairs(
     x: Float32[Tensor, "N R"], y: Float32[Tensor, "M R"], radius: float, leading: int
 ) -> tuple[Int64[np.ndarray, " E"], Int64[np.ndarray, " E"]]:
@@ -57,7 +56,6 @@ def propose_pairs(
     return rows.cpu().numpy()[i], j
 
 
-@torch.no_grad()
 def settle_pairs(
     x: Float32[Tensor, "N R"], y: Float32[Tensor, "M R"], i: Int64[np.ndarray, " E"], j: Int64[np.ndarray, " E"]
 ) -> Float32[np.ndarray, " E"]:

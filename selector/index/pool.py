@@ -64,11 +64,11 @@ class VectorPool:
         return len(self._vectors)
 
     def neighbours(self, positions: Int[np.ndarray, " Q"], k: int) -> NeighbourLists:
-        """The up to k nearest others of some members; a member is never its own neighbor.
+        """The up to k nearest others of some members; a member is never its own neighbour.
 
         Args:
             positions: [Q] int64, members of the pool.
-            k: most neighbors per query.
+            k: most neighbours per query.
         """
         return self._nearest(self._vectors[positions], k, excluded=np.asarray(positions))
 
@@ -77,7 +77,7 @@ class VectorPool:
 
         Args:
             vectors: [Q, D] in the space that was indexed.
-            k: most neighbors per query.
+            k: most neighbours per query.
         """
         return self._nearest(self._rotated(vectors), k)
 
@@ -85,7 +85,7 @@ class VectorPool:
         """The up to k nearest others of every member: a sparse graph with N rows.
 
         Args:
-            k: most neighbors per member.
+            k: most neighbours per member.
         """
         return self.neighbours(np.arange(len(self)), k)
 
@@ -154,7 +154,7 @@ class VectorPool:
 
         Args:
             queries: of length 1 under cosine.
-            k: most neighbors per query.
+            k: most neighbours per query.
             allowed: which members may be returned; all when None.
             excluded: one member per query that must not be returned.
         """

@@ -1,4 +1,4 @@
-"""LAPACK on CPU for a batch of small matrices: one matrix per thread instead of all threads on one matrix.
+"""CPU work on many small matrices: one piece per thread instead of all threads on one piece.
 
 Threads that share a small matrix mostly wait for each other; on a machine with other work they wait for a time slice too,
 which made a 150 x 150 SVD fifty times slower where two processes shared two cores.
@@ -6,11 +6,25 @@ which made a 150 x 150 SVD fifty times slower where two processes shared two cor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def side_by_side() -> Iterator[ThreadPoolExecutor]:
+    """As many workers as torch has threads, each of which computes with one; the setting comes back afterwards."""
+    workers = torch.get_num_threads()
+    # the setting is a process's for MKL and a thread's for OpenMP: both places need it
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(workers)
 
 
 def over_batch(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
@@ -23,10 +37,5 @@ def over_batch(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor
     workers = torch.get_num_threads()
     if matrices.device.type != "cpu" or workers == 1 or len(matrices) < workers:
         return function(matrices)
-    # the setting is a process's for MKL and a thread's for OpenMP: both places need it
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return torch.cat(list(pool.map(function, matrices.tensor_split(workers))))
-    finally:
-        torch.set_num_threads(workers)
+    with side_by_side() as pool:
+        return torch.cat(list(pool.map(function, matrices.tensor_split(workers))))
