@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from selector.batching import Batch
 from selector.data.samples import Sample, TokenSequence
 from selector.gradients.capture import GradientCapture, LayerFactors, gradients_of_activations_only
-from selector.gradients.losses import response_loss
+from selector.gradients.losses import sample_losses
 from selector.gradients.targets import Target
 
 VOCABULARY = 61
@@ -132,7 +132,7 @@ def run_capture(model: nn.Module, targets: list[Target], batch: Batch, consumer:
     with gradients_of_activations_only(model), GradientCapture(model, targets, consumer, **options) as capture:
         capture.begin(samples=len(batch.samples))
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        response_loss(logits, batch).sum().backward()
+        sample_losses(logits, batch).sum().backward()
         capture.finish()
 
 

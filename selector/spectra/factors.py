@@ -47,7 +47,7 @@ MEMORY = 1 << 30
 class Core:
     """The small matrices that hold the spectra of one projection for a batch of samples."""
 
-    matrix: Float[Tensor, "N n n"]
+    matrix: Float[Tensor, "N n m"]
     """A symmetric matrix whose eigenvalues are sigma², or its right factor where `left` is given, or one with singular values sigma."""
     left: Float[Tensor, "N n n"] | None
     """Left factor of the product whose eigenvalues are sigma²; one tensor shared by projections of the same input."""
@@ -122,7 +122,7 @@ def solve(cores: Sequence[Core], memory: int | None = None) -> list[Float[Tensor
     """
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, core in enumerate(cores):
-        groups[core.matrix.shape[-1], core.squared, core.left is None, core.matrix.dtype, core.matrix.device].append(i)
+        groups[core.matrix.shape[-2:], core.squared, core.left is None, core.matrix.dtype, core.matrix.device].append(i)
     spectra: list[Tensor] = [torch.empty(0)] * len(cores)
     for members in groups.values():
         for i, sigma in zip(members, _solve_group([cores[i] for i in members], memory), strict=True):
