@@ -102,7 +102,7 @@ def reduce_factors(
         ConfigError: the precision is unknown.
         SelectorError: the factors do not fit each other.
     """
-    _check(x, deltas, precision)
+    check_factors(x, deltas, precision)
     chosen = precision if precision != "auto" else "fast" if x.element_size() < 4 else "high"
     cores = _reduce(x, deltas, chosen)
     if precision != "auto" or chosen != "fast":
@@ -133,7 +133,18 @@ def solve(cores: Sequence[Core], memory: int | None = None) -> list[Float[Tensor
     return spectra
 
 
-def _check(x: Tensor, deltas: Sequence[Tensor], precision: str) -> None:
+def check_factors(x: Tensor, deltas: Sequence[Tensor], precision: str) -> None:
+    """Refuse a precision that is not known and factors that do not fit each other.
+
+    Args:
+        x: inputs.
+        deltas: output gradients.
+        precision: what the user asked for.
+
+    Raises:
+        ConfigError: the precision is unknown.
+        SelectorError: the factors do not fit each other.
+    """
     if precision not in get_args(Precision):
         raise ConfigError(
             "unknown precision", got=repr(precision), allowed=", ".join(get_args(Precision)),
