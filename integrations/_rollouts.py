@@ -54,9 +54,9 @@ def restore_rollouts(trainer: Any, folder: Path, cycle: int, step: int) -> bool:
     if not path.exists():
         return True
     parts: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(path, device=str(trainer.accelerator.device)).items():
+    for key, value in load_file(path).items():
         i, name = key.split(".", 1)
-        parts.setdefault(int(i), {})[name] = value
+        parts.setdefault(int(i), {})[name] = value.to(trainer.accelerator.device)
     trainer._buffered_inputs = [parts[i] for i in sorted(parts)]
     return False
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def dataset(n: int, kind: str) -> Dataset:
     """[n] rows with ids `s0`, `s1`, ... in the columns that a trainer of this kind reads."""
     prompts = [f"Question {i}: {sentence(i)}" for i in range(n)]
     columns: dict[str, list[Any]] = {"id": [f"s{i}" for i in range(n)], "prompt": prompts}
-    if kind in ("sft", "kto"):
+    if kind in ("sft", "kto", "grpo", "rloo"):
         columns["completion"] = [f" {sentence(i + 7)}." for i in range(n)]
     if kind == "kto":
         columns["label"] = [i % 2 == 0 for i in range(n)]
@@ -152,6 +153,49 @@ def resume(
         seen[run] = record(trained)
         trained.train(resume_from_checkpoint=str(out / f"checkpoint-{save_at}") if run == "resumed" else None)
     return seen
+
+
+def grid(world: int) -> dict[str, dict[str, Any]]:
+    """Every way to interrupt a run: trainer, place of the checkpoint, workers, fixed or adaptive weights.
+
+    24 samples: 12 steps an epoch in one process, 6 in two.
+    """
+    steps = 12 // world
+    places = {"epoch 0, middle": 2, "epoch 0, edge": steps, "epoch 1, middle": steps + 3, "epoch 1, edge": 2 * steps}
+    cases: dict[str, dict[str, Any]] = {}
+    for kind in ("sft", "dpo", "grpo", "rloo"):
+        for place, save_at in places.items():
+            common = {"kind": kind, "save_at": save_at, "num_train_epochs": 3}
+            for workers in (0, 2):
+                cases[f"{kind}, {place}, {workers} workers, static"] = common | {"dataloader_num_workers": workers}
+            if kind in ("grpo", "rloo"):
+                cases[f"{kind}, {place}, 0 workers, adaptive"] = common | {"attach_options": {"online": "rewards"}}
+    inside = {"kind": "grpo", "num_train_epochs": 3, "steps_per_generation": 2, "num_iterations": 2}
+    for name, attach_options in (("static", {}), ("adaptive", {"online": "rewards"})):
+        cases[f"grpo, inside a generation cycle, {name}"] = inside | {"save_at": 3, "attach_options": attach_options}
+        accumulating = {"kind": "sft" if name == "static" else "grpo", "gradient_accumulation_steps": 2, "num_train_epochs": 3}
+        cases[f"accumulation, {name}"] = accumulating | {"save_at": steps // 2 + 1, "attach_options": attach_options}
+    return cases
+
+
+def same_tail(seen: dict[str, list[list[str]]]) -> bool:
+    """Whether the resumed run saw what the whole one saw after the checkpoint."""
+    whole, resumed = seen["whole"], seen["resumed"]
+    return 0 < len(resumed) < len(whole) and whole[-len(resumed) :] == resumed
+
+
+def run_on_two_ranks(cases: dict[str, dict[str, Any]], out: Path) -> list[dict[str, dict[str, list[list[str]]]]]:
+    """What each of two processes saw in each case."""
+    (out / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [*command, str(out / "cases.json"), str(out)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr[-4000:])
+    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def main() -> None:
