@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from families import BASE, GPT, GROUPED, HEAD_DIM, SEPARATE, build, captured_gradients, close, random_samples, weight_gradients
+from families import GPT, GROUPED, HEAD_DIM, SEPARATE, build, captured_gradients, close, random_samples, weight_gradients
 from torch import nn
 
 from selector.batching import collate
@@ -120,4 +120,3 @@ def test_model_base_without_a_head_is_measured_too():
 def test_settings_are_part_of_a_stores_identity():
     identity = ScoreConfig(layer_names=("o=*.mix",), adapter="raw").identity()
     assert (identity["layer_names"], identity["adapter"], identity["projections"]) == (["o=*.mix"], "raw", [])
-    assert BASE["vocab_size"] > 0

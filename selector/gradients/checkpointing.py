@@ -7,9 +7,10 @@ instead, which leaves the model in evaluation mode and works for any model whose
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -40,7 +41,7 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
     own = [layer.__dict__.get("forward") for layer in layers]
     try:
         for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = partial(_checkpointed, layer.forward)
         yield
     finally:
         for layer, forward in zip(layers, own, strict=True):
@@ -48,6 +49,12 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
                 layer.__dict__.pop("forward", None)
             else:
                 layer.forward = forward
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # a cache would take the keys and values in twice
+    kwargs |= {name: None for name in ("past_key_values", "past_key_value", "layer_past") if name in kwargs}
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def is_recomputed(ancestors: Sequence[nn.Module]) -> bool:

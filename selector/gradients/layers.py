@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from selector.registry import Registry
 
-Factors = tuple[Float[Tensor, "N T I"], Float[Tensor, "N T O"]]
-"""X and Δ of each sample; the gradient is Δᵀ X."""
+Factors = tuple[Float[Tensor, "N rows I"], Float[Tensor, "N rows O"]]
+"""X and Δ of each sample, with as many rows as it has tokens or fewer; the gradient is Δᵀ X."""
 
 
 @dataclass(frozen=True)
