@@ -7,6 +7,7 @@ its error to the next meeting instead of leaving the others waiting for it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 from selector.errors import SelectorError
 from selector.store.reader import FeatureStore
-from selector.store.schema import MANIFEST, Manifest
+from selector.store.schema import Manifest
 
 PATIENCE = timedelta(days=7)
 """How long a process that has finished its share waits for the others; launchers end all processes when one dies."""
@@ -28,8 +30,21 @@ T = TypeVar("T")
 
 
 def process_state() -> PartialState:
-    """This process's place among those that `accelerate launch` or `torchrun` started; begins their communication."""
-    return PartialState(timeout=PATIENCE)
+    """This process's place among those that `accelerate launch` or `torchrun` started; begins their communication.
+
+    Raises:
+        SelectorError: the launcher started several processes, but Accelerate sees one: each would score everything.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    # without being told so, Accelerate takes several processes without GPUs for one
+    on_cpu = launched > 1 and not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    if state.num_processes != launched and launched > 1:
+        raise SelectorError(
+            "the processes do not know of each other", got=f"WORLD_SIZE={launched}, but Accelerate sees {state.num_processes}",
+            fix="start with `accelerate launch` or `torchrun`, and call selector before anything else makes an Accelerator",
+        )  # fmt: skip
+    return state
 
 
 @contextmanager
@@ -80,7 +95,7 @@ def finished_rows(store: Path, manifest: Manifest, state: PartialState) -> set[i
         state: place of this process.
     """
     found = np.empty(0, np.int64)
-    if state.is_local_main_process and (store / MANIFEST).exists():
+    if state.is_local_main_process:
         shards = [table["row"].to_numpy() for table in FeatureStore(store, manifest).shards(["row"])]
         found = np.concatenate([found, *shards])
     everywhere = gather_object([found]) if state.num_processes > 1 else [found]
