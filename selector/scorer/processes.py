@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 from selector.errors import SelectorError
 from selector.store.reader import FeatureStore
-from selector.store.schema import MANIFEST, Manifest
+from selector.store.schema import Manifest
 
 PATIENCE = timedelta(days=7)
 """How long a process that has finished its share waits for the others; launchers end all processes when one dies."""
@@ -32,14 +33,16 @@ def process_state() -> PartialState:
     """This process's place among those that `accelerate launch` or `torchrun` started; begins their communication.
 
     Raises:
-        SelectorError: a launcher started more processes than Accelerate connects.
+        SelectorError: the launcher started several processes, but Accelerate sees one: each would score everything.
     """
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != state.num_processes:
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    # without being told so, Accelerate takes several processes without GPUs for one
+    on_cpu = launched > 1 and not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    if state.num_processes != launched and launched > 1:
         raise SelectorError(
-            "processes do not see each other, and each would do all the work", got=f"{state.num_processes} of {launched}",
-            allowed="all of them", fix="on CPU, set ACCELERATE_USE_CPU=true; else start them with `accelerate launch`",
+            "the processes do not know of each other", got=f"WORLD_SIZE={launched}, but Accelerate sees {state.num_processes}",
+            fix="start with `accelerate launch` or `torchrun`, and call selector before anything else makes an Accelerator",
         )  # fmt: skip
     return state
 
@@ -92,7 +95,7 @@ def finished_rows(store: Path, manifest: Manifest, state: PartialState) -> set[i
         state: place of this process.
     """
     found = np.empty(0, np.int64)
-    if state.is_local_main_process and (store / MANIFEST).exists():
+    if state.is_local_main_process:
         shards = [table["row"].to_numpy() for table in FeatureStore(store, manifest).shards(["row"])]
         found = np.concatenate([found, *shards])
     everywhere = gather_object([found]) if state.num_processes > 1 else [found]

@@ -29,7 +29,7 @@ def feature_matrix(column: pa.ChunkedArray, width: int) -> Float32[np.ndarray, "
     if lists.null_count:
         # a null list hides child values of its own, so it is filled before its values are taken
         lists = pc.fill_null(lists, pa.scalar([float("nan")] * width, type=lists.type))
-    return pc.fill_null(lists.flatten(), float("nan")).to_numpy(zero_copy_only=False).reshape(-1, width)
+    return pc.fill_null(lists.flatten(), float("nan")).to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, width)
 
 
 class FeatureStore:
@@ -125,7 +125,7 @@ class FeatureStore:
         table = self.to_arrow(["sketch", "sketch_scale"])
         width = len(self.layers)
         values = feature_matrix(table["sketch"], width * dimension).reshape(-1, width, dimension)
-        return values.astype(np.float32) * feature_matrix(table["sketch_scale"], width)[..., None]
+        return values * feature_matrix(table["sketch_scale"], width)[..., None]
 
     def verify(self) -> list[StoreError]:
         """Check every file of the store, and the samples against each other.

@@ -1,0 +1,311 @@
+"""Runs of the scorer as a user meets them: growing data, scarce memory, models that would give wrong numbers, and what it says."""
+
+from __future__ import annotations
+
+import types
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from oracles import autograd_gradients
+
+from selector.batching import BatchQueue, deal, token_budget_batches
+from selector.cli.score import show_estimate, summarize
+from selector.config import ScoreConfig
+from selector.data.samples import Encoder, Sample, TokenSequence
+from selector.errors import ModelError, NumericalError, StoreError
+from selector.gradients.targets import find_targets
+from selector.scorer import estimate_run, score_dataset
+from selector.scorer.features import FeatureExtractor
+from selector.scorer.progress import Progress, duration
+from selector.scorer.transfer import matched_layers, transfer
+from selector.spectra import SketchConfig, sketch
+from selector.store.merge import merge
+from selector.types import MEASURES, LayerSpec
+
+
+def made_up(*lengths: int) -> list[Sample]:
+    """Samples of given lengths whose tokens are all the same."""
+    sequences = [TokenSequence(np.full(n, 5, dtype=np.int32), np.arange(n) > 0) for n in lengths]
+    return [Sample(f"s{row}", row, None, (sequence,)) for row, sequence in enumerate(sequences)]
+
+
+# data that grows -----------------------------------------------------------------------------------------------------
+
+
+def test_appended_rows_are_scored_with_leave_and_only_they(small_llama, tokenizer, pool, tmp_path, monkeypatch):
+    store = score_dataset(small_llama, tokenizer, pool.select(range(4)), tmp_path / "s")
+    old = {path.name: path.read_bytes() for path in store.shard_paths()}
+    with pytest.raises(StoreError, match="shorter data set") as caught:
+        score_dataset(small_llama, tokenizer, pool.select(range(7)), tmp_path / "s")
+    assert "7 rows" in str(caught.value)
+    assert "4 rows" in str(caught.value)
+    assert "--append" in str(caught.value)
+    store = score_dataset(small_llama, tokenizer, pool.select(range(7)), tmp_path / "s", ScoreConfig(append=True))
+    assert len(store) == 7
+    assert store.verify() == []
+    assert old.items() <= {path.name: path.read_bytes() for path in store.shard_paths()}.items()
+    whole = score_dataset(small_llama, tokenizer, pool.select(range(7)), tmp_path / "whole")
+    assert store.ids.tolist() == whole.ids.tolist()
+    np.testing.assert_allclose(store.features("nuclear_norm"), whole.features("nuclear_norm"), rtol=1e-5)
+    # the longer data set is the store's own from now on
+    assert len(score_dataset(small_llama, tokenizer, pool.select(range(7)), tmp_path / "s").manifest.cost) == 2
+
+
+@pytest.mark.parametrize("rows", [[1, 0, 2, 3, 4], [0, 1, 2], [0, 1, 4, 2, 3]], ids=["changed", "removed", "inserted"])
+def test_changed_removed_or_inserted_rows_are_no_append(small_llama, tokenizer, pool, tmp_path, rows):
+    score_dataset(small_llama, tokenizer, pool.select(range(4)), tmp_path / "s")
+    with pytest.raises(StoreError, match="belongs to another run: data differs") as caught:
+        score_dataset(small_llama, tokenizer, pool.select(rows), tmp_path / "s", ScoreConfig(append=True))
+    assert f"{len(rows)} rows, fingerprint" in str(caught.value)
+    assert "4 rows, fingerprint" in str(caught.value)
+
+
+def test_changed_ids_are_changed_data(small_llama, tokenizer, pool, tmp_path):
+    data = pool.select(range(3))
+    score_dataset(small_llama, tokenizer, data, tmp_path / "s", ScoreConfig(id_column="id"))
+    renamed = data.map(lambda row: {"id": row["id"] + "x"})
+    with pytest.raises(StoreError, match="data differs"):
+        score_dataset(small_llama, tokenizer, renamed, tmp_path / "s", ScoreConfig(id_column="id"))
+
+
+def test_stores_of_two_nodes_merge_and_doubled_samples_are_kept_once(small_llama, tokenizer, pool, tmp_path):
+    data = pool.select(range(6))
+    config = ScoreConfig(shard_rows=2, limit=4)
+    first = score_dataset(small_llama, tokenizer, data, tmp_path / "a", config)
+    second = score_dataset(small_llama, tokenizer, data, tmp_path / "b", ScoreConfig(shard_rows=4))
+    for path in second.shard_paths()[1:]:
+        path.unlink()
+    joined = merge([first.path, second.path], tmp_path / "c")
+    assert len(joined) == len(set(joined.ids)) <= 6
+    finished = score_dataset(small_llama, tokenizer, data, tmp_path / "c")
+    assert finished.verify() == []
+    assert len(finished) == 6
+    other = score_dataset(small_llama, tokenizer, data, tmp_path / "d", ScoreConfig(layers=(0,)))
+    with pytest.raises(StoreError, match="layers differs"):
+        merge([first.path, other.path], tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+
+
+# memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_queue_packs_anew_after_a_batch_did_not_fit():
+    queue = BatchQueue(made_up(10, 10, 10, 10, 4), 40)
+    batch = queue.pop()
+    assert [s.row for s in batch] == [0, 1, 2, 3]
+    queue.put_back(batch)
+    queue.tokens_per_batch = 20
+    assert [[s.row for s in queue.pop()] for _ in range(3)] == [[0, 1], [2, 3], [4]]
+    assert not queue
+
+
+def test_batches_hold_every_sample_once_within_the_budget():
+    samples = made_up(*range(1, 60), 7, 7, 7)
+    batches = token_budget_batches(samples, 100)
+    assert sorted(s.row for batch in batches for s in batch) == list(range(len(samples)))
+    assert all(len(batch) * max(s.n_tokens for s in batch) <= 100 for batch in batches)
+
+
+def test_shares_of_ranks_are_level_and_hold_every_sample_once():
+    samples = made_up(*range(5, 90))
+    shares = deal(samples, 3)
+    assert sorted(s.row for share in shares for s in share) == list(range(len(samples)))
+    tokens = [sum(s.n_tokens for s in share) for share in shares]
+    assert max(tokens) - min(tokens) <= 89
+
+
+def test_out_of_memory_halves_the_budget_and_the_store_remembers_it(small_llama, tokenizer, pool, tmp_path, monkeypatch):
+    original = FeatureExtractor.__call__
+    tried = []
+
+    def scarce(self, batch):
+        tried.append(batch.input_ids.numel())
+        if len(tried) > 3 and batch.input_ids.numel() > 600:
+            raise torch.OutOfMemoryError("scarce")
+        return original(self, batch)
+
+    data = pool.select(range(16))
+    monkeypatch.setattr(FeatureExtractor, "__call__", scarce)
+    store = score_dataset(small_llama, tokenizer, data, tmp_path / "s")
+    assert len(store) == 16
+    assert store.verify() == []
+    budget = store.manifest.cost[-1]["tokens_per_batch"]
+    assert budget < 4096
+    tried.clear()
+    score_dataset(small_llama, tokenizer, pool.select(range(20)), tmp_path / "s", ScoreConfig(append=True))
+    assert max(tried[3:]) <= budget
+
+
+def test_sample_that_does_not_fit_alone_gets_a_status(small_llama, tokenizer, pool, tmp_path, monkeypatch):
+    original = FeatureExtractor.__call__
+    data = pool.select(range(6))
+    calls = []
+
+    def scarce(self, batch):
+        calls.append(batch)
+        if len(calls) > 3 and batch.input_ids.shape[1] > 150:
+            raise torch.OutOfMemoryError("scarce")
+        return original(self, batch)
+
+    monkeypatch.setattr(FeatureExtractor, "__call__", scarce)
+    store = score_dataset(small_llama, tokenizer, data, tmp_path / "s")
+    table = store.to_arrow(["status", "n_tokens", "effective_rank"]).to_pylist()
+    assert {row["status"] for row in table} == {"ok", "error: out of memory"}
+    assert all((row["status"] == "ok") == (row["n_tokens"] <= 150) == (row["effective_rank"] is not None) for row in table)
+
+
+# wrong numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_model_whose_samples_depend_on_each_other_is_refused_with_the_numbers(small_llama, tokenizer, pool, tmp_path):
+    class MeanOverBatch(torch.nn.Module):
+        def forward(self, x):
+            return x - 0.1 * x.mean(dim=0, keepdim=True)
+
+    small_llama.model.norm = torch.nn.Sequential(small_llama.model.norm, MeanOverBatch())
+    with pytest.raises(NumericalError, match="depends on its batch mates") as caught:
+        score_dataset(small_llama, tokenizer, pool.select(range(4)), tmp_path / "s")
+    assert "relative difference" in str(caught.value)
+    assert "0.0001 for a float32 model" in str(caught.value)
+    assert not (tmp_path / "s").exists()
+
+
+def test_hidden_dropout_is_refused(small_llama, tokenizer, pool, tmp_path):
+    class Dropout(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.dropout(x, 0.1, training=True)
+
+    small_llama.model.norm = torch.nn.Sequential(small_llama.model.norm, Dropout())
+    with pytest.raises(NumericalError, match="self-test"):
+        score_dataset(small_llama, tokenizer, pool.select(range(4)), tmp_path / "s")
+
+
+def test_bfloat16_model_passes_the_self_test(small_llama, tokenizer, pool, tmp_path):
+    assert len(score_dataset(small_llama.bfloat16(), tokenizer, pool.select(range(4)), tmp_path / "s")) == 4
+
+
+@pytest.mark.parametrize("library", ["liger_kernel", "unsloth"])
+def test_patched_forward_passes_are_refused(small_llama, tokenizer, pool, tmp_path, library):
+    def forward(self, hidden_states):
+        return hidden_states
+
+    forward.__module__ = f"{library}.transformers.rms_norm"
+    small_llama.model.layers[1].input_layernorm.forward = types.MethodType(forward, small_llama.model.layers[1].input_layernorm)
+    with pytest.raises(ModelError, match="has replaced forward passes") as caught:
+        score_dataset(small_llama, tokenizer, pool.select(range(2)), tmp_path / "s")
+    assert "model.layers.1.input_layernorm" in str(caught.value)
+
+
+def test_exit_code_says_when_too_many_samples_failed(small_llama, tokenizer, pool, tmp_path, capsys):
+    rows = [dict(pool[i]) for i in range(5)]
+    rows[2]["completion"] = ""
+    data = datasets.Dataset.from_list(rows)
+    store = score_dataset(small_llama, tokenizer, data, tmp_path / "s", ScoreConfig(max_failed=0.5))
+    assert summarize(store, 0.5) == 0
+    assert summarize(store, 0.01) == 3
+    assert "1 of 5 samples have no score" in capsys.readouterr().err
+
+
+# what it says --------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_reckons_the_whole_and_writes_nothing(small_llama, tokenizer, pool, tmp_path, capsys):
+    data = pool.select(range(20))
+    plan, estimate = estimate_run(small_llama, tokenizer, data, tmp_path / "s", ScoreConfig(tokens_per_batch=400))
+    assert not (tmp_path / "s").exists()
+    assert estimate is not None
+    assert (estimate.samples, estimate.tokens) == (20, sum(s.n_tokens for s in plan.samples))
+    assert estimate.seconds > 0
+    show_estimate(plan, estimate)
+    shown = capsys.readouterr().out
+    for part in ("2 layers: q, k, v, o, gate, up, down; 14 matrices", "20 ok", "times an epoch", "nothing was written"):
+        assert part in shown
+    store = score_dataset(small_llama, tokenizer, data, tmp_path / "s", ScoreConfig(tokens_per_batch=400))
+    assert store.manifest.cost[0]["store_bytes"] < 20 * estimate.store_bytes
+    assert estimate_run(small_llama, tokenizer, data, tmp_path / "s")[1] is None
+
+
+def test_ledger_holds_time_bytes_and_the_ratio_to_an_epoch(small_llama, tokenizer, pool, tmp_path):
+    store = score_dataset(small_llama, tokenizer, pool.select(range(6)), tmp_path / "s")
+    (entry,) = store.manifest.cost
+    assert entry["device_seconds"] == entry["seconds"] > 0
+    assert entry["epoch_ratio"] > 1 / 3
+    assert entry["store_bytes"] == sum(path.stat().st_size for path in store.shard_paths())
+
+
+def test_progress_line_speaks_for_all_processes():
+    progress = Progress(samples=10, tokens=1000, processes=4, shown=False)
+    progress.advance(5, 500)
+    assert str(progress).startswith("scoring: 50% of 40 samples, ")
+    assert [duration(s) for s in (0.2, 61.0, 3600.0, 90_061.0)] == ["0 s", "1 min 1 s", "1 h 0 min", "1 d 1 h"]
+
+
+# sketches ------------------------------------------------------------------------------------------------------------
+
+
+def test_stored_sketches_are_those_of_the_gradients(small_llama, tokenizer, pool, tmp_path):
+    data = pool.select(range(3))
+    store = score_dataset(small_llama, tokenizer, data, tmp_path / "s", ScoreConfig(sketch_dimension=16))
+    assert store.sketches().shape == (3, 14, 16)
+    config = SketchConfig(dimension=16)
+    samples = Encoder(tokenizer, 512, "error").encode([{"prompt": r["prompt"], "completion": r["completion"]} for r in data], store.ids, [None] * 3)
+    targets = find_targets(small_llama)
+    for found, sample in zip(store.sketches(), samples, strict=True):
+        gradients = autograd_gradients(small_llama, sample, [target.spec.name for target in targets])
+        for i, target in enumerate(targets):
+            # a gradient G is (G as delta) and the identity as inputs
+            gradient = gradients[target.spec.name].float()
+            expected = sketch(torch.eye(gradient.shape[1])[None], gradient.mT[None].contiguous(), target.spec.key, config)[0]
+            np.testing.assert_allclose(found[i], expected.numpy(), rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_store_without_sketches_says_how_to_get_them(small_llama, tokenizer, pool, tmp_path):
+    store = score_dataset(small_llama, tokenizer, pool.select(range(2)), tmp_path / "s")
+    with pytest.raises(StoreError, match="--sketch-dimension"):
+        store.sketches()
+
+
+def test_store_takes_little_room_for_a_model_of_28_layers(tmp_path):
+    """28 layers, 7 projections and 4 measures of random numbers, which compress worst."""
+    from selector.store.schema import Manifest
+    from selector.store.writer import StoreWriter, create
+
+    layers = tuple(LayerSpec(name=f"{i}", layer=i // 7, projection="qkvogud"[i % 7], in_features=8, out_features=8) for i in range(196))
+    manifest = Manifest(identity={}, layers=layers, expected=512)
+    create(tmp_path / "s", manifest)
+    writer = StoreWriter(tmp_path / "s", manifest)
+    rng = np.random.default_rng(0)
+    for row in range(512):
+        features = {name: rng.lognormal(size=196).astype(np.float32) for name in MEASURES}
+        head = {"sample_id": f"{row:016x}-0", "row": row, "n_tokens": row, "n_loss_tokens": row, "truncated": False, "status": "ok", "loss": 1.5}
+        writer.add(head | features)
+    (path,) = (tmp_path / "s" / "shards").iterdir()
+    assert path.stat().st_size / 512 <= 3500
+
+
+# a small model for a large one ---------------------------------------------------------------------------------------
+
+
+def test_store_agrees_with_itself_and_less_with_another_model(small_llama, tokenizer, pool, tmp_path):
+    data = pool.select(range(30))
+    first = score_dataset(small_llama, tokenizer, data, tmp_path / "a")
+    for found in transfer(first, first):
+        assert (found.samples, found.raw, found.controlled, found.top_overlap) == (30, pytest.approx(1), pytest.approx(1), 1.0)
+        assert list(found.by_projection.values()) == pytest.approx([1.0] * 7)
+    with torch.no_grad():
+        for parameter in small_llama.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    second = score_dataset(small_llama, tokenizer, data.shuffle(seed=0), tmp_path / "b")
+    by_measure = {found.measure: found for found in transfer(first, second)}
+    assert by_measure["nuclear_norm"].samples == 30
+    assert by_measure["nuclear_norm"].controlled < 1
+
+
+def test_layers_are_matched_by_relative_depth():
+    def table(count):
+        return tuple(LayerSpec(name=str(i), layer=i, projection="q", in_features=1, out_features=1) for i in range(count))
+
+    assert matched_layers(table(3), table(5)) == {"q": [(0, 0), (1, 2), (2, 4)]}
+    assert matched_layers(table(5), table(3)) == {"q": [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)]}
