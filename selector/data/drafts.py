@@ -43,7 +43,7 @@ class Draft:
     """Loss lies between what these beginnings of the whole have in common with it; None for its very start or end."""
     template: bool = False
     """Whether a chat template has written all special tokens already."""
-    generated: list[int] | None = None
+    generated: tuple[int, ...] | None = None
     """Tokens that follow the whole and carry loss, as a policy generated them."""
 
     def texts(self) -> Iterator[str]:
@@ -103,13 +103,18 @@ class Writer:
             DataError: the chat template cannot render it, or a text is no valid Unicode.
         """
         prompt, completion = exchange.prompt, exchange.completion
-        if isinstance(completion, str):
+        if isinstance(completion, tuple):
+            drafted = self._generated(prompt, completion, row)
+        elif isinstance(completion, str):
             assert prompt is None or isinstance(prompt, str)
             drafted = self._plain(prompt, completion)
-        elif isinstance(prompt, str):
-            drafted = Draft(prompt, (), generated=completion)  # pyright: ignore[reportArgumentType]
+        elif prompt is None:
+            drafted = self._assistant_turns(completion, _template_arguments(row))
         else:
-            drafted = self._conversation(prompt, completion, _template_arguments(row))
+            assert isinstance(prompt, list)
+            arguments = _template_arguments(row)
+            before = self._render(prompt, arguments, add_generation_prompt=True)
+            drafted = Draft(self._render([*prompt, *completion], arguments), ((before, None),), template=True)
         if isinstance(drafted, Draft):
             try:
                 drafted.whole.encode()
@@ -123,13 +128,13 @@ class Writer:
         ended = completion if completion.endswith(end) or not (completion or self.end_empty) else completion + end
         return Draft((prompt or "") + ended, ((prompt, None),))
 
-    def _conversation(self, prompt: list[Message] | None, completion: list[Any], arguments: dict[str, Any]) -> Draft | Encoded:
-        if prompt is None:
-            return self._assistant_turns(completion, arguments)
-        before = self._render(prompt, arguments, add_generation_prompt=True)
-        if all(isinstance(token, int) for token in completion):
+    def _generated(self, prompt: str | list[Message] | None, completion: tuple[int, ...], row: Mapping[str, Any]) -> Draft:
+        if completion and not 0 <= min(completion) <= max(completion) < len(self.tokenizer):
+            raise DataError(f"a completion holds tokens outside of the tokenizer's 0 to {len(self.tokenizer) - 1}")
+        if isinstance(prompt, list):
+            before = self._render(prompt, _template_arguments(row), add_generation_prompt=True)
             return Draft(before, (), template=True, generated=completion)
-        return Draft(self._render([*prompt, *completion], arguments), ((before, None),), template=True)
+        return Draft(prompt or "", (), generated=completion)
 
     def _assistant_turns(self, messages: list[Message], arguments: dict[str, Any]) -> Draft | Encoded:
         """A conversation with loss on what the assistant says."""

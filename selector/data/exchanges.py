@@ -22,7 +22,7 @@ class Exchange:
 
     prompt: str | list[Message] | None
     """None where the completion is a text or a conversation of its own."""
-    completion: str | list[Message] | list[int]
+    completion: str | list[Message] | tuple[int, ...]
     """Text, messages, or the very tokens that a policy generated."""
     reference: float | None = None
     """Log-probability of the completion under the reference model, nats."""
@@ -104,15 +104,14 @@ def _shared_prompt(chosen: str | list[Message], rejected: str | list[Message]) -
 
 def _rollout(prompt: Any, completion: Any, advantage: Any) -> Exchange:
     """One rollout of a policy."""
-    if isinstance(prompt, list):
-        prompt = _messages(prompt, "prompt")
-        if isinstance(completion, str):
-            completion = [{"role": "assistant", "content": completion}]
+    prompt = _messages(prompt, "prompt") if isinstance(prompt, list) else _text(prompt or "", "prompt")
+    if isinstance(completion, list) and all(type(token) is int for token in completion):
+        completion = tuple(completion)
+    elif isinstance(prompt, list):
+        spoken = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        completion = _messages(spoken, "a completion")
     else:
-        prompt = _text(prompt or "", "prompt")
-    tokens = isinstance(completion, list) and all(type(token) is int for token in completion)
-    if not tokens:
-        completion = _messages(completion, "a completion") if isinstance(prompt, list) else _text(completion, "a completion")
+        completion = _text(completion, "a completion")
     return Exchange(prompt, completion, advantage=_number(advantage, "an advantage"))
 
 
@@ -145,8 +144,12 @@ def _messages(value: Any, role: str) -> list[Message]:
             message = {"role": names.get(message["from"], message["from"]), "content": message["value"]}
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise DataError(f"{role} holds a message without role")
-        if message.get("content") is None and not message.get("tool_calls"):
+        content = message.get("content")
+        if content is None and not message.get("tool_calls"):
             raise DataError(f"{role} holds a message without content")
+        # some templates render anything else as nothing
+        if not (isinstance(content, str | None) or (isinstance(content, list) and all(isinstance(c, Mapping) for c in content))):
+            raise DataError(f"{role} holds a message whose content is {_kind(content)}, not text")
         messages.append({key: item for key, item in message.items() if item is not None})
     return messages
 
