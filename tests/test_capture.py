@@ -14,7 +14,7 @@ from selector.batching import collate
 from selector.errors import ModelError
 from selector.gradients.capture import GradientCapture, gradients_of_activations_only
 from selector.gradients.layers import LayerType, layer_types
-from selector.gradients.losses import response_loss
+from selector.gradients.losses import sample_losses
 from selector.gradients.targets import find_targets
 from selector.gradients.tokens import TokenMap
 
@@ -65,7 +65,7 @@ def test_models_own_checkpointing_gives_the_same_gradients(llama, batch, reentra
 
     with GradientCapture(llama, targets, keep) as capture:
         capture.begin(samples=2)
-        response_loss(llama(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits, batch).sum().backward()
+        sample_losses(llama(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits, batch).sum().backward()
         capture.finish()
     equal(found, expected)
 
@@ -81,7 +81,7 @@ def most_inputs_held(model, batch, with_cache=False, **options) -> int:
     with gradients_of_activations_only(model), GradientCapture(model, find_targets(model), count, **options) as capture:
         capture.begin(samples=2)
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=with_cache).logits
-        response_loss(logits, batch).sum().backward()
+        sample_losses(logits, batch).sum().backward()
         capture.finish()
     return most
 
@@ -139,7 +139,7 @@ def test_model_is_left_as_it_was(chosen, fails, batch):
 def test_nothing_is_held_after_a_batch(llama, batch):
     with gradients_of_activations_only(llama), GradientCapture(llama, find_targets(llama), lambda factors: None) as capture:
         capture.begin(samples=2)
-        response_loss(llama(batch.input_ids, attention_mask=batch.attention_mask).logits, batch).sum().backward()
+        sample_losses(llama(batch.input_ids, attention_mask=batch.attention_mask).logits, batch).sum().backward()
         capture.finish()
         assert not capture._inputs
         assert not capture._calls
@@ -277,7 +277,7 @@ def test_layer_type_of_a_stranger(monkeypatch):
         targets = find_targets(model, ["o"])
         batch = collate(random_samples(9), 0)
         found = captured_gradients(model, targets, batch)
-        response_loss(model(batch.input_ids).logits, batch).sum().backward()
+        sample_losses(model(batch.input_ids).logits, batch).sum().backward()
         for i, target in enumerate(targets):
             torch.testing.assert_close(found[f"{i}.o"][0], target.module.weight.grad, rtol=1e-4, atol=1e-6)
     finally:
