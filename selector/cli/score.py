@@ -14,6 +14,7 @@ from tyro.conf import OmitArgPrefixes
 
 from selector.cli.command import Command, console
 from selector.config import ScoreConfig
+from selector.data.layout import without_failure
 
 if TYPE_CHECKING:
     from selector.scorer.cost import Estimate
@@ -44,6 +45,8 @@ class ScoreCommand(Command):
     """Do all checks, measure a few batches, say what the run would cost, and write nothing."""
     split: str = "train"
     """Which split, where there are several."""
+    reference_model: str | None = None
+    """Reference model of the DPO loss, where the data set has no log-probabilities of one; else the model itself."""
     config: OmitArgPrefixes[ScoreConfig] = field(default_factory=ScoreConfig)
     """How samples are read, batched and measured."""
     trust_remote_code: bool = False
@@ -62,7 +65,7 @@ class ScoreCommand(Command):
         if not state.is_main_process:
             logging.getLogger("selector").setLevel(logging.WARNING)
         problems: list[SelectorError] = []
-        dataset = model = tokenizer = None
+        dataset = model = tokenizer = reference = None
         with together(state):
             try:
                 dataset = load_rows(self.data, self.split)
@@ -75,14 +78,22 @@ class ScoreCommand(Command):
                 )  # fmt: skip
             except SelectorError as error:
                 problems.append(error)
+            try:
+                if self.reference_model is not None:
+                    reference, _ = load_model(
+                        self.reference_model, self.config.dtype, device=state.device,
+                        trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
+                    )  # fmt: skip
+            except SelectorError as error:
+                problems.append(error)
             raise_all(problems)
         assert dataset is not None and model is not None and tokenizer is not None
         if self.dry_run:
-            plan, estimate = estimate_run(model, tokenizer, dataset, self.out, self.config)
+            plan, estimate = estimate_run(model, tokenizer, dataset, self.out, self.config, reference)
             if state.is_main_process:
                 show_estimate(plan, estimate)
             return 0
-        store = score_dataset(model, tokenizer, dataset, self.out, self.config, command=self.settings())
+        store = score_dataset(model, tokenizer, dataset, self.out, self.config, command=self.settings(), reference=reference)
         return summarize(store, self.config.max_failed) if state.is_main_process else 0
 
     def settings(self) -> dict[str, Any]:
@@ -144,7 +155,7 @@ def summarize(store: FeatureStore, max_failed: float) -> int:
             f"({rate:.1f} samples/s) on {cost['processes']} x {cost['device']}, {cost['device_seconds']:,.0f} device seconds; "
             f"{cost['epoch_ratio'] or 0:.2f} times an epoch of training; {cost['store_bytes'] / max(total, 1):,.0f} bytes per sample"
         )
-    failed = total - statuses["ok"]
+    failed = total - sum(statuses[status] for status in without_failure(store.manifest.identity["loss"]))
     if failed > max_failed * total:
         print(
             f"error: {failed} of {total} samples have no score\n"

@@ -122,8 +122,12 @@ class Writer:
                 raise DataError(f"a text is no valid Unicode: {error.reason}") from error
         return drafted
 
+    @property
+    def _end(self) -> str:
+        return str(self.tokenizer.eos_token or "")
+
     def _plain(self, prompt: str | None, completion: str) -> Draft:
-        end = self.tokenizer.eos_token or ""
+        end = self._end
         # after an empty completion the end token alone is no response to learn from
         ended = completion if completion.endswith(end) or not (completion or self.end_empty) else completion + end
         return Draft((prompt or "") + ended, ((prompt, None),))
@@ -161,7 +165,7 @@ class Writer:
         text = self._render(messages, arguments)
         if not whole.startswith(text):
             # some templates close what they render with the end token, which is not there when it goes on
-            text = text.removesuffix(self.tokenizer.eos_token or "")
+            text = text.removesuffix(self._end)
         if not whole.startswith(text):
             raise DataError(
                 "the chat template renders a conversation's beginning differently once it goes on, "

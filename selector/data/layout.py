@@ -86,6 +86,15 @@ class Layout:
             yield {role: row[column] for role, column in self.columns.items()}
 
 
+def without_failure(loss: LossName) -> tuple[str, ...]:
+    """Statuses that are no failure under a loss: equal sides of a pair and equal rollouts of a group have nothing to teach.
+
+    Args:
+        loss: of the samples.
+    """
+    return ("ok", "zero_gradient") if loss in ("dpo", "policy-gradient") else ("ok",)
+
+
 def recognize(columns: Sequence[str], config: ScoreConfig) -> Layout:
     """Match a data set's columns with the formats.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selector.errors import DataError
 
@@ -36,7 +36,7 @@ def load_rows(data: str, split: str = "train") -> datasets.Dataset:
         elif path.is_file():
             if kind is None:
                 raise DataError(f"{data} is of no known kind", got=path.suffix or "no suffix", allowed=", ".join(READERS))
-            options = {"delimiter": "\t"} if ".tsv" in suffixes else {}
+            options: dict[str, Any] = {"delimiter": "\t"} if ".tsv" in suffixes else {}
             loaded = datasets.load_dataset(kind, data_files=data, split="train", **options)
         elif kind is not None or path.is_absolute():
             raise DataError(f"there is no file {data}", fix="check the path")
@@ -55,7 +55,7 @@ def load_rows(data: str, split: str = "train") -> datasets.Dataset:
         ) from error  # fmt: skip
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise DataError(f"{data} has no split {split!r}", allowed=", ".join(loaded), fix="name one with --split")
+            raise DataError(f"{data} has no split {split!r}", allowed=", ".join(map(str, loaded)), fix="name one with --split")
         loaded = loaded[split]
     if not isinstance(loaded, datasets.Dataset):
         raise DataError(f"{data} is a stream", got=type(loaded).__name__, allowed="a data set with a length", fix="download it first")

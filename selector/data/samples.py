@@ -127,8 +127,7 @@ class Encoder:
         texts = list(texts)
         if not texts:
             return {}
-        options = {"add_special_tokens": not template, "return_attention_mask": False, "verbose": False}
-        encoded = self.tokenizer(texts, **options)["input_ids"]
+        encoded = self.tokenizer(texts, add_special_tokens=not template, return_attention_mask=False, verbose=False)["input_ids"]
         return {text: np.array(ids, dtype=np.int32) for text, ids in zip(texts, encoded, strict=True)}  # pyright: ignore[reportArgumentType]
 
     def _sample(self, entry: _Row, encoded: list[Encoded]) -> Sample:

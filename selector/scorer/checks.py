@@ -109,4 +109,6 @@ def _differences(first: dict, second: dict) -> dict[str, float]:
     used = norms > NEGLIGIBLE * np.nanmax(norms)
     vectors = {name: (first[name][used], second[name][used]) for name in MEASURES}
     vectors["loss"] = (np.array([first["loss"]]), np.array([second["loss"]]))
-    return {name: float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-30)) for name, (a, b) in vectors.items()}
+    # a loss near zero, such as a group's whose advantages cancel, is compared in nats
+    smallest = dict.fromkeys(MEASURES, 1e-30) | {"loss": 1.0}
+    return {name: float(np.linalg.norm(a - b) / max(np.linalg.norm(a), smallest[name])) for name, (a, b) in vectors.items()}

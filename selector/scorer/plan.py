@@ -12,9 +12,11 @@ from tqdm import tqdm
 
 from selector.config import ScoreConfig
 from selector.data.ids import column_ids, content_hash, content_ids
-from selector.data.layout import Layout, recognize
+from selector.data.layout import REFERENCE, Layout, recognize, without_failure
+from selector.data.rollouts import one_row_per_rollout
 from selector.data.samples import Encoder, Sample
 from selector.errors import DataError, SelectorError, raise_all
+from selector.gradients.losses import LossSettings
 from selector.gradients.targets import Target, find_targets
 from selector.runtime import versions
 from selector.scorer.checks import patched_modules
@@ -37,13 +39,16 @@ class Plan:
     targets: tuple[Target, ...]
     manifest: Manifest
     layout: Layout
+    loss: LossSettings
     rows: tuple[str, ...]
     """Content hash, and id where the user gives one, of every row of the data set: what recognizes the data set later."""
     duplicates: int
     """Rows whose content another row has too, beyond the first."""
 
 
-def plan(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, config: ScoreConfig) -> Plan:
+def plan(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, config: ScoreConfig, reference: nn.Module | None = None
+) -> Plan:
     """Encode the data set and check everything that can be checked without running the model.
 
     Args:
@@ -51,6 +56,7 @@ def plan(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets
         tokenizer: its tokenizer.
         dataset: rows in a fixed order.
         config: settings of the run.
+        reference: the DPO loss's reference model; the model itself when None and the data set has none of its numbers.
 
     Raises:
         SelectorError: whatever is wrong with layers, columns or samples; all problems at once.
@@ -66,6 +72,10 @@ def plan(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets
     except SelectorError as error:
         raise_all([*problems, error])
         raise
+    problems += _problems_of_reference(layout, reference)
+    if layout.format == "rollouts" and config.unit == "rollout":
+        dataset = one_row_per_rollout(dataset, layout)
+        layout = recognize(dataset.column_names, dataclasses.replace(config, format="rollout", columns=()))
     limits = (config.max_length, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
     max_length = min(limit for limit in limits if limit is not None)
     hashes = [content_hash(row) for row in tqdm(layout.rows(dataset), "reading", len(dataset), leave=False, disable=None)]
@@ -76,11 +86,11 @@ def plan(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets
         except SelectorError as error:
             problems.append(error)
     sources = [None if s is None else str(s) for s in dataset[layout.source_column]] if layout.source_column else [None] * len(dataset)
-    encoder = Encoder(tokenizer, max_length, config.truncation)
+    encoder = Encoder(tokenizer, max_length, config.truncation, layout.loss)
     count = min(config.limit or len(dataset), len(dataset))
     encoded = encoder.encode(layout.rows(dataset, config.limit), ids, sources)
     samples = tuple(tqdm(encoded, "tokenizing", count, leave=False, disable=None))
-    problems += _problems_of_samples(samples, max_length, config)
+    problems += _problems_of_samples(samples, max_length, layout, config)
     raise_all(problems)
     rows = tuple(f"{digest} {i}" for digest, i in zip(hashes, ids, strict=True)) if layout.id_column else tuple(hashes)
     data = lineage.begin(rows)
@@ -88,6 +98,8 @@ def plan(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets
         "format": layout.format,
         "columns": [f"{role}={column}" for role, column in layout.columns.items()],
         "source_column": layout.source_column,
+        "loss": layout.loss,
+        "reference": None if reference is None else model_fingerprint(reference),
         "max_length": max_length,
         "dtype": str(model.dtype).removeprefix("torch."),
         "model": model_fingerprint(model),
@@ -98,10 +110,26 @@ def plan(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets
         identity=identity, layers=tuple(target.spec for target in targets), expected=count, data=data,
         execution=config.execution(), versions=versions(),
     )  # fmt: skip
-    return Plan(samples, tuple(targets), manifest, layout, rows, duplicates=len(hashes) - len(set(hashes)))
+    loss = LossSettings(name=layout.loss, beta=config.beta, normalizer=config.normalizer, max_length=max_length)
+    return Plan(samples, tuple(targets), manifest, layout, loss, rows, duplicates=len(hashes) - len(set(hashes)))
 
 
-def _problems_of_samples(samples: Sequence[Sample], max_length: int, config: ScoreConfig) -> list[SelectorError]:
+def _problems_of_reference(layout: Layout, reference: nn.Module | None) -> list[SelectorError]:
+    """Why a reference model does not belong to this data set."""
+    if reference is None:
+        return []
+    if layout.loss != "dpo":
+        return [DataError("a reference model has no effect", got=layout.describe(), allowed="preference pairs with --loss dpo", fix="leave it out")]
+    stored = [layout.columns[role] for role in REFERENCE if role in layout.columns]
+    if stored:
+        return [
+            DataError("there are two references", got=f"a reference model, and columns {', '.join(stored)}", allowed="one of them",
+                      fix="leave the model out, or drop the columns")
+        ]  # fmt: skip
+    return []
+
+
+def _problems_of_samples(samples: Sequence[Sample], max_length: int, layout: Layout, config: ScoreConfig) -> list[SelectorError]:
     """Why this data set should not be scored as it is."""
     problems: list[SelectorError] = []
     long = [s for s in samples if s.status == "too_long"]
@@ -111,7 +139,8 @@ def _problems_of_samples(samples: Sequence[Sample], max_length: int, config: Sco
             DataError(f"{len(long)} samples are longer than the maximum", got=shown, allowed=f"{max_length} tokens",
                       fix="raise --max-length, or choose --truncation truncate-prompt, truncate-completion or skip")
         )  # fmt: skip
-    failed = [s for s in samples if s.status != "ok" and not (s in long and config.truncation == "error")]
+    fine = without_failure(layout.loss)
+    failed = [s for s in samples if s.status not in fine and not (s in long and config.truncation == "error")]
     if len(failed) > config.max_failed * len(samples):
         kinds = ", ".join(f"{count} {status}" for status, count in Counter(s.status for s in failed).most_common())
         shown = ", ".join(f"{s.sample_id} (row {s.row})" for s in failed[:EXAMPLES_SHOWN])

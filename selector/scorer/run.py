@@ -21,6 +21,7 @@ from torch import nn
 
 from selector.batching import deal, token_budget_batches
 from selector.config import ScoreConfig, save_yaml
+from selector.data.layout import REFERENCE
 from selector.data.samples import Sample
 from selector.gradients.targets import unmeasured
 from selector.scorer.checks import self_test
@@ -50,6 +51,7 @@ def score_dataset(
     out: str | Path,
     config: ScoreConfig | None = None,
     command: Mapping[str, Any] | None = None,
+    reference: nn.Module | None = None,
 ) -> FeatureStore:
     """Measure the gradient spectra of every sample and keep them in a feature store.
 
@@ -65,6 +67,8 @@ def score_dataset(
         out: directory of the store, new or begun by an equal run.
         config: settings; the defaults when None.
         command: what `config.yaml` records for `selector run`; the settings alone when None.
+        reference: the DPO loss's reference model, on the same device; when None, stored log-probabilities of one, else the
+            model itself, which is where DPO training starts.
 
     Returns:
         The finished store.
@@ -73,7 +77,7 @@ def score_dataset(
         SelectorError: a check failed, before anything was written; or the store belongs to another run.
     """
     config, store = config or ScoreConfig(), Path(out)
-    run = _begin(model, tokenizer, dataset, store, config)
+    run = _begin(model, tokenizer, dataset, store, config, reference)
     settings = {"command": "score", "config": config.identity() | config.execution()} if command is None else dict(command)
     manifest = replace(run.manifest, command=settings, shards=())
     with run.extractor.attached():
@@ -100,7 +104,8 @@ def score_dataset(
 
 
 def estimate_run(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, out: str | Path, config: ScoreConfig | None = None
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, out: str | Path, config: ScoreConfig | None = None,
+    reference: nn.Module | None = None,
 ) -> tuple[Plan, Estimate | None]:
     """Do all checks and measure a few batches, to say what `score_dataset` would cost; nothing is written.
 
@@ -110,6 +115,7 @@ def estimate_run(
         dataset: rows in a fixed order.
         out: directory where the store would be, or is begun.
         config: settings; the defaults when None.
+        reference: as for `score_dataset`.
 
     Returns:
         The plan and the estimate, which is None when nothing is left to measure.
@@ -117,7 +123,7 @@ def estimate_run(
     Raises:
         SelectorError: a check failed.
     """
-    run = _begin(model, tokenizer, dataset, Path(out), config or ScoreConfig())
+    run = _begin(model, tokenizer, dataset, Path(out), config or ScoreConfig(), reference)
     if not run.measurable:
         return run.plan, None
     with run.extractor.attached():
@@ -126,13 +132,16 @@ def estimate_run(
 
 
 def _begin(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, store: Path, config: ScoreConfig
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, store: Path, config: ScoreConfig,
+    reference: nn.Module | None,
 ) -> _Run:
     """Plan, shard the model where that is asked for, and find out what the store already holds."""
     state = process_state()
     with together(state):
-        work = plan(model, tokenizer, dataset, config)
+        work = plan(model, tokenizer, dataset, config, reference)
     logger.info("data set: %d samples; %s", len(work.samples), work.layout.describe())
+    if work.layout.loss == "dpo" and not set(REFERENCE) & set(work.layout.columns):
+        logger.info("reference of the DPO loss: %s", "the model itself, as at the start of training" if reference is None else "the reference model")
     left_out = unmeasured(model, work.targets)
     if left_out:
         logger.info("linear layers that are not measured: %s", ", ".join(left_out))
@@ -155,7 +164,7 @@ def _begin(
         plan=work, manifest=manifest, config=config, state=state, pending=pending, sharded=sharded, dtype=dtype,
         device=state.device if sharded else next(model.parameters()).device,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-        extractor=FeatureExtractor(model, work.targets, config.precision, sketch),
+        extractor=FeatureExtractor(model, work.targets, config.precision, sketch, work.loss, reference),
     )  # fmt: skip
 
 
