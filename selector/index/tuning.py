@@ -23,10 +23,10 @@ Kind = Literal["flat", "ivf", "ivf-sq8", "ivf-pq"]
 FLAT_LIMIT = 50_000
 """Most vectors that are searched one by one where nothing else is asked for."""
 
-MEMORY = 4 << 30
+MEMORY = 1 << 30
 """Bytes that inverted lists may take before they are compressed further."""
 
-SMALLEST = {"flat": 0, "ivf": 64, "ivf-sq8": 64, "ivf-pq": 1024}
+SMALLEST = {"flat": 0, "ivf": 64, "ivf-sq8": 64, "ivf-pq": 64}
 """Fewest vectors that each kind can be trained on."""
 
 SHORTLIST_FROM = 20_000
@@ -77,20 +77,21 @@ class Plan:
         return self.expansion * max(k, NEAREST) + SPARE
 
 
-def choose_kind(count: int, dimensions: int, kind: Kind | Literal["auto"], lists: bool) -> Kind:
-    """Pick the plainest kind that fits the size.
+def choose_kind(count: int, dimensions: int, kind: Kind | Literal["auto"], lists: bool, device: str) -> Kind:
+    """Pick the plainest kind that fits the size; on a GPU, which reads a pool in milliseconds, that is exact search.
 
     Args:
         count: vectors in the pool.
         dimensions: dimensions that the engine would search.
         kind: what was asked for.
-        lists: whether the engine offers inverted lists.
+        lists: whether the library offers inverted lists.
+        device: `"cpu"` or `"cuda"`.
 
     Raises:
         GradientIndexError: the kind is unknown, or cannot be had here.
     """
     if kind == "auto":
-        if count <= FLAT_LIMIT or not lists:
+        if count <= FLAT_LIMIT or not lists or device == "cuda":
             return "flat"
         size = count * dimensions
         return "ivf" if 4 * size <= MEMORY else "ivf-sq8" if size <= MEMORY else "ivf-pq"
@@ -98,15 +99,17 @@ def choose_kind(count: int, dimensions: int, kind: Kind | Literal["auto"], lists
         raise GradientIndexError("unknown kind of index", got=repr(kind), allowed=", ".join(("auto", *get_args(Kind))))
     if kind != "flat" and not lists:
         raise GradientIndexError(
-            f"kind {kind!r} takes FAISS", got="the torch engine", allowed="auto, flat", fix="pip install faiss-cpu"
+            f"kind {kind!r} takes FAISS", got="the torch backend", allowed="auto, flat", fix="pip install faiss-cpu"
+        )
+    if kind == "ivf-pq" and device == "cuda":
+        raise GradientIndexError(
+            "4-bit codes are compared on the CPU alone", got="cuda", allowed="auto, flat, ivf, ivf-sq8"
         )
     if count < SMALLEST[kind]:
         raise GradientIndexError(
-            f"the pool is too small for kind {kind!r}",
-            got=f"{count} vectors",
-            allowed=f"{SMALLEST[kind]} or more",
+            f"the pool is too small for kind {kind!r}", got=f"{count} vectors", allowed=f"{SMALLEST[kind]} or more",
             fix="use kind='auto'",
-        )
+        )  # fmt: skip
     return kind
 
 
@@ -183,7 +186,8 @@ def tune_lists(engine: FaissIVF, meter: RecallMeter, leading: int, goal: float) 
     """
     probes = tuple(n for n in PROBES if n <= max(1, engine.lists // 4))
     engine.n_probe = probes[-1]
-    expansion, _ = meter.fewest(engine, leading, goal)
+    # a candidate costs less than a list: ranking may lose half of what the lists may
+    expansion, _ = meter.fewest(engine, leading, (1 + goal) / 2)
 
     def probed(n_probe: int) -> float:
         engine.n_probe = n_probe
