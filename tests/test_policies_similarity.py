@@ -308,7 +308,7 @@ def test_source_agreement_finds_the_source_that_pulls_away():
     source = np.array(["a", "b", "c"] * 20, dtype=object)
     vectors = np.where(source == "c", -1.0, 1.0)[:, None] + 0.1 * np.random.default_rng(0).normal(size=(60, 4))
     names, matrix = agreement(vectors, source)
-    assert names.tolist() == ["a", "b", "c"]
+    assert names == ["a", "b", "c"]
     assert matrix[0, 1] > 0.9
     assert matrix[0, 2] < -0.9
     vectors[source == "b", 0] += 3

@@ -144,6 +144,18 @@ def test_a_spline_control_is_scale_free():
     np.testing.assert_allclose(*fits, atol=1e-4)
 
 
+def test_a_spline_control_is_the_residual_of_least_squares():
+    rng = np.random.default_rng(0)
+    prompt, completion, raw = rng.integers(0, 99, 400), rng.integers(1, 99, 400), np.exp(rng.normal(size=400))
+    fit = control_class("length").fit(raw, prompt, completion)
+    lengths = [np.log1p(x) for x in (prompt, completion, prompt + completion)]
+    blocks = [natural_spline(x, np.array(knots)) for x, knots in zip(lengths, fit.knots, strict=True)]
+    design = np.column_stack([np.ones(400), *blocks])
+    residual = np.log(raw) - design @ np.linalg.lstsq(design, np.log(raw), rcond=None)[0]
+    np.testing.assert_allclose(fit.apply(raw, prompt, completion), residual, atol=1e-3)
+    assert fit.explained == pytest.approx(1 - residual.var() / np.log(raw).var(), abs=1e-6)
+
+
 def test_natural_splines_are_straight_beyond_their_knots():
     knots = np.array([0.0, 1.0, 2.5, 4.0])
     for outside in (np.array([-3.0, -2.0, -1.0, 0.0]), np.array([4.0, 5.0, 6.0, 7.0])):

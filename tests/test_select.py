@@ -9,8 +9,10 @@ import pytest
 from exact_neighbours import ExactNeighbours
 
 from selector.errors import ConfigError, SelectionError
+from selector.index import GradientIndex
 from selector.scores import write_scores
 from selector.selecting import compare, matched_random, select
+from selector.selecting.run import VectorIndex
 from selector.selecting.shortlist import within_reach
 from selector.selection import Selection
 from selector.testing import make_pool, shuffled
@@ -124,6 +126,26 @@ def test_an_index_serves_the_policies_whatever_its_order(indexed, policy, option
     )
     assert len(first) == 10
     assert set(first.ids) == set(again.ids)
+
+
+def test_a_gradient_index_is_what_policies_ask_for(indexed):
+    scores, vectors, _ = indexed
+    index = GradientIndex.from_vectors(scores.ids, vectors)
+    assert isinstance(index, VectorIndex)
+    plain = Index(scores.ids, vectors)
+    for policy, options in {
+        "facility-location": {"k": 5},
+        "k-center": {},
+        "match-target": {},
+        "deduplicate": {"threshold": 0.9},
+    }.items():
+        target = vectors[:2]
+        ours = select(scores, budget=10, policy=policy, index=index, target=target, **options)
+        if policy != "k-center":  # the index compares directions, the plain one lengths too
+            assert (
+                ours.ids.tolist()
+                == select(scores, budget=10, policy=policy, index=plain, target=target, **options).ids.tolist()
+            )
 
 
 def test_targets_by_id_are_matched_and_not_picked(indexed):

@@ -263,7 +263,7 @@ class GradientIndex(VectorPool):
         Raises:
             GradientIndexError: vectors of another space, or a filter on a column that is not there.
         """
-        return self._named(self._nearest(_turned(self._rotated(vectors), opposing), k, allowed=self._allowed(where)))
+        return self._named(self._nearest(_turned(self.project(vectors), opposing), k, allowed=self._allowed(where)))
 
     def search_ids(
         self, ids: Sequence[str], k: int = 10, *, where: Filter | None = None, opposing: bool = False
@@ -302,7 +302,7 @@ class GradientIndex(VectorPool):
         Raises:
             GradientIndexError: the threshold is out of range, or vectors are of another space.
         """
-        queries = _turned(self._rotated(vectors), opposing)
+        queries = _turned(self.project(vectors), opposing)
         return self._named(self._within(queries, threshold, allowed=self._allowed(where)))
 
     def search_ids_within(

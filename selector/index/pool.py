@@ -79,7 +79,7 @@ class VectorPool:
             vectors: [Q, D] in the space that was indexed.
             k: most neighbours per query.
         """
-        return self._nearest(self._rotated(vectors), k)
+        return self._nearest(self.project(vectors), k)
 
     def graph(self, k: int) -> NeighbourLists:
         """The up to k nearest others of every member: a sparse graph with N rows.
@@ -139,7 +139,17 @@ class VectorPool:
     def _exact(self) -> Backend:
         return flat(self._vectors, self._library, self._device)
 
-    def _rotated(self, vectors: Float[np.ndarray, "Q D"]) -> Float32[np.ndarray, "Q R"]:
+    @property
+    def vectors(self) -> Float32[np.ndarray, "N R"]:
+        """Vectors [N, R] by position, rotated, of length 1 under cosine: distances are those that are searched by."""
+        return self._vectors
+
+    def project(self, vectors: Float[np.ndarray, "Q D"]) -> Float32[np.ndarray, "Q R"]:
+        """Bring vectors from the space that was indexed to that of `vectors`.
+
+        Args:
+            vectors: [Q, D] in the space that was indexed.
+        """
         return rotate(np.asarray(vectors), None, self._rotation, self.plan.metric)
 
     def _nearest(

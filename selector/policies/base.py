@@ -213,6 +213,20 @@ def unit(vectors: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
     return vectors / np.where(norms > 0, norms, 1)
 
 
+def groups_of(labels: np.ndarray) -> tuple[list[str], Int[np.ndarray, " N"]]:
+    """Different labels, ascending, and the number of each sample's own among them.
+
+    Args:
+        labels: [N] str, such as sources.
+    """
+    encoded = pa.array(labels, pa.string()).dictionary_encode()
+    names = encoded.dictionary.to_pylist()
+    order = sorted(range(len(names)), key=names.__getitem__)
+    place = np.empty(len(names), dtype=np.int64)
+    place[order] = np.arange(len(names))
+    return [names[i] for i in order], place[encoded.indices.to_numpy()]
+
+
 def by_value(values: Float[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
     """Positions from the highest value to the lowest, equal values by position.
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float64, Int
 
 from selector.errors import ConfigError
 from selector.neighbours import NeighbourLists
-from selector.policies.base import POLICIES, Pool, by_value, require, texts, unit
+from selector.policies.base import POLICIES, Pool, by_value, groups_of, require, texts, unit
 from selector.policies.budget import Budget
 from selector.types import Picks
 
@@ -140,7 +140,7 @@ def source_agreement(pool: Pool, budget: Budget, *, seed: int, minimum: int | fl
         if len(names) > 1
         else np.full(len(names), np.inf)
     )
-    kept = np.isin(pool.source.astype(str), names[others >= minimum])
+    kept = (others >= minimum)[groups_of(pool.source)[1]]
     return _kept(pool, budget, kept, "disagreeing sources", "from an agreeing source")
 
 
@@ -179,7 +179,7 @@ def mahalanobis_distance(
     return np.linalg.norm(np.linalg.solve(factor, (np.asarray(vectors, dtype=np.float64) - mean).T), axis=0)
 
 
-def agreement(vectors: Float[np.ndarray, "N D"], source: np.ndarray) -> tuple[np.ndarray, Float64[np.ndarray, "S S"]]:
+def agreement(vectors: Float[np.ndarray, "N D"], source: np.ndarray) -> tuple[list[str], Float64[np.ndarray, "S S"]]:
     """Cosines between the mean gradients of sources: near 1 to merge, below 0 where they pull against each other.
 
     Args:
@@ -189,7 +189,7 @@ def agreement(vectors: Float[np.ndarray, "N D"], source: np.ndarray) -> tuple[np
     Returns:
         Names of the sources, ascending, and the matrix of cosines.
     """
-    names, codes = np.unique(source.astype(str), return_inverse=True)
+    names, codes = groups_of(source)
     means = np.array([np.asarray(vectors[codes == i], dtype=np.float64).mean(axis=0) for i in range(len(names))])
     means = unit(means.reshape(len(names), vectors.shape[1]))
     return names, means @ means.T

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from selector.errors import ConfigError
-from selector.policies.base import POLICIES, Pool, require, texts
+from selector.policies.base import POLICIES, Pool, groups_of, require, texts
 from selector.policies.budget import Budget, Meter
 from selector.policies.quota import fair_order
 from selector.types import Picks
@@ -47,7 +47,8 @@ def gradient_matching(pool: Pool, budget: Budget, *, seed: int, mode: str = "joi
     if mode == "joint":
         groups = [np.arange(len(pool))] if len(pool) else []
     else:
-        groups = [np.flatnonzero(pool.source == name) for name in np.unique(pool.source.astype(str))]
+        names, codes = groups_of(pool.source)
+        groups = [np.flatnonzero(codes == group) for group in range(len(names))]
     orders, weights = [], np.zeros(len(pool))
     for members in groups:
         wanted = vectors[members].mean(axis=0) if pool.target is None or mode == "source" else pool.target.mean(axis=0)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from selector.errors import ConfigError, did_you_mean
-from selector.policies.base import POLICIES, Pool, by_value, check_options, require, texts
+from selector.policies.base import POLICIES, Pool, by_value, check_options, groups_of, require, texts
 from selector.policies.budget import Budget
 from selector.policies.clusters import k_means
 from selector.types import Picks
@@ -67,7 +67,7 @@ def quota(
     Raises:
         ConfigError: a source that does not occur, or shares that are not positive.
     """
-    names, codes = np.unique(pool.source.astype(str), return_inverse=True)
+    names, codes = groups_of(pool.source)
     costs = pool.n_tokens if budget.unit == "tokens" else np.ones(len(pool), dtype=np.int64)
     if shares == "equal":
         weights = np.ones(len(names))
@@ -76,10 +76,8 @@ def quota(
     elif isinstance(shares, str):
         raise ConfigError("shares cannot be read", got=shares, allowed="equal, proportional, or a number by source")
     else:
-        weights = named_shares(shares, names.tolist()) if len(pool) else np.zeros(0)
-    return _divide(
-        pool, budget, codes, [repr(name) for name in names.tolist()], weights, seed, within, dict(options or {})
-    )
+        weights = named_shares(shares, names) if len(pool) else np.zeros(0)
+    return _divide(pool, budget, codes, [repr(name) for name in names], weights, seed, within, dict(options or {}))
 
 
 @POLICIES.register("proportional")

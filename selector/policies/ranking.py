@@ -86,4 +86,5 @@ def threshold(
 
 def _ranked(pool: Pool, budget: Budget, order: Int[np.ndarray, " M"], what: str, ahead: int = 0) -> Picks:
     picked = budget.prefix(order, pool.n_tokens)
-    return Picks(picked, texts([f"{what}: rank {ahead + i} of {len(pool)}" for i in range(1, len(picked) + 1)]))
+    end = f" of {len(pool)}"
+    return Picks(picked, texts([f"{what}: rank {rank}{end}" for rank in range(ahead + 1, ahead + len(picked) + 1)]))

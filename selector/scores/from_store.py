@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -98,7 +99,7 @@ def _read(store: FeatureStore, by: str, aggregation: Aggregation) -> tuple[pa.Ta
         reference = feature_scale(np.concatenate(list(_all_features(store, by, measures))), aggregation.scale)
     tables: list[pa.Table] = []
     raws: list[Float[np.ndarray, " n"]] = []
-    for table in store.shards(list(dict.fromkeys(needed))):
+    for table in _read_ahead(store.shards(list(dict.fromkeys(needed)))):
         if measures:
             raw = aggregate(_features(table, by, measures, len(store.layers)), store.layers, aggregation, reference)
         else:
@@ -110,6 +111,15 @@ def _read(store: FeatureStore, by: str, aggregation: Aggregation) -> tuple[pa.Ta
     table = pa.concat_tables(tables)
     order = np.argsort(table["row"].to_numpy(), kind="stable")
     return table.take(order), np.concatenate(raws)[order]
+
+
+def _read_ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same tables, the next one being read while the last one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, tables, None)
+        while (table := coming.result()) is not None:
+            coming = reader.submit(next, tables, None)
+            yield table
 
 
 def _features(table: pa.Table, by: str, measures: list[str], width: int) -> Float[np.ndarray, "N F"]:

@@ -28,8 +28,10 @@ MAX_KNOTS = 6
 """Knots of each spline in a large pool; six follow the bend at the truncation length and little else."""
 SAMPLES_PER_KNOT = 25
 """A small pool gets fewer knots, down to the two of a straight line."""
-RIDGE = 1e-8
+RIDGE = 1e-10
 """Share of the mean diagonal added to the normal equations, which the three related lengths leave nearly singular."""
+BLOCK = 1 << 18
+"""Rows whose basis is held at a time."""
 BINS = 10
 """Quantile bins of completion length, and of prompt length within each."""
 
@@ -115,24 +117,28 @@ class SplineControl(LengthControl):
     def fit(cls, raw, prompt, completion) -> SplineControl:
         valid = _positive(raw)
         log_score = np.log(raw[valid])
-        lengths = _log_lengths(prompt[valid], completion[valid])
+        lengths = _lengths(prompt[valid], completion[valid])
         n_knots = int(np.clip(len(log_score) // SAMPLES_PER_KNOT, 2, MAX_KNOTS))
-        knots = [
-            np.unique(np.quantile(x, np.linspace(0.02, 0.98, n_knots))).tolist() if len(x) else [] for x in lengths
-        ]
-        design = _design(lengths, knots)
-        gram = design.T @ design
-        gram[np.diag_indices(len(gram))] += RIDGE * max(np.trace(gram) / len(gram), 1e-300)
-        coefficients = np.linalg.solve(gram, design.T @ log_score)
+        levels = np.linspace(0.02, 0.98, n_knots)
+        knots = [np.unique(np.log1p(np.quantile(x, levels))).tolist() if len(x) else [] for x in lengths]
+        tables = _basis_tables(lengths, knots)
+        gram, right = 0.0, 0.0
+        for first in range(0, max(len(log_score), 1), BLOCK):
+            rows = slice(first, first + BLOCK)
+            parts = [table[x[rows]] for table, x in zip(tables, lengths, strict=True)]
+            design = np.concatenate([np.ones((len(log_score[rows]), 1)), *parts], axis=1)
+            gram, right = gram + design.T @ design, right + design.T @ log_score[rows]
+        penalty = RIDGE * max(np.trace(gram) / len(gram), 1e-300)
+        coefficients = np.linalg.solve(gram + penalty * np.eye(len(gram)), right)
         variance = float(np.var(log_score)) if len(log_score) else 0.0
-        explained = 1 - float(np.var(log_score - design @ coefficients)) / variance if variance > 0 else 0.0
-        return cls(knots, coefficients.tolist(), explained)
+        left = np.var(log_score - _expected(lengths, knots, coefficients)) if variance > 0 else 0.0
+        return cls(knots, coefficients.tolist(), 1 - float(left) / variance if variance > 0 else 0.0)
 
     def apply(self, raw, prompt, completion):
         valid = _positive(raw)
         controlled = np.full(len(raw), np.nan)
-        expected = _design(_log_lengths(prompt[valid], completion[valid]), self.knots) @ np.asarray(self.coefficients)
-        controlled[valid] = np.log(raw[valid]) - expected
+        lengths = _lengths(prompt[valid], completion[valid])
+        controlled[valid] = np.log(raw[valid]) - _expected(lengths, self.knots, np.asarray(self.coefficients))
         return controlled
 
 
@@ -217,13 +223,27 @@ def _positive(raw: Float[np.ndarray, " N"]) -> np.ndarray:
     return np.isfinite(raw) & (raw > 0)
 
 
-def _log_lengths(prompt: Int[np.ndarray, " N"], completion: Int[np.ndarray, " N"]) -> list[Float[np.ndarray, " N"]]:
-    return [np.log1p(prompt), np.log1p(completion), np.log1p(np.add(prompt, completion))]
+def _lengths(prompt: Int[np.ndarray, " N"], completion: Int[np.ndarray, " N"]) -> list[Int[np.ndarray, " N"]]:
+    return [prompt, completion, np.add(prompt, completion)]
 
 
-def _design(lengths: list[Float[np.ndarray, " N"]], knots: list[list[float]]) -> Float[np.ndarray, "N C"]:
-    blocks = [natural_spline(x, np.asarray(k)) for x, k in zip(lengths, knots, strict=True) if len(k) > 1]
-    return np.concatenate([np.ones((len(lengths[0]), 1)), *blocks], axis=1)
+def _basis_tables(lengths: list[Int[np.ndarray, " N"]], knots: list[list[float]]) -> list[Float[np.ndarray, "M _"]]:
+    """The basis of each spline at every whole number of tokens that occurs: to look up is faster than to evaluate."""
+    tables = []
+    for x, own in zip(lengths, knots, strict=True):
+        every = np.log1p(np.arange(int(x.max(initial=0)) + 1))
+        tables.append(natural_spline(every, np.asarray(own)) if len(own) > 1 else np.zeros((len(every), 0)))
+    return tables
+
+
+def _expected(
+    lengths: list[Int[np.ndarray, " N"]], knots: list[list[float]], coefficients: Float[np.ndarray, " C"]
+) -> Float[np.ndarray, " N"]:
+    expected, first = np.full(len(lengths[0]), coefficients[0]), 1
+    for x, table in zip(lengths, _basis_tables(lengths, knots), strict=True):
+        expected += (table @ coefficients[first : first + table.shape[1]])[x]
+        first += table.shape[1]
+    return expected
 
 
 def natural_spline(x: Float[np.ndarray, " N"], knots: Float[np.ndarray, " K"]) -> Float[np.ndarray, "N K-1"]:

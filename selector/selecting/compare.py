@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from selector.neighbours import Neighbours
+from selector.policies.base import groups_of
 from selector.policies.coverage import similarity_to_itself
 from selector.selecting.run import find
 from selector.selection import Selection
@@ -88,13 +89,14 @@ def compare(
 
 def _profile(positions: Int[np.ndarray, " K"], scores: Scores) -> Profile:
     lengths = scores.n_tokens[positions]
-    names, counts = np.unique(scores.source[positions].astype(str), return_counts=True)
+    names, codes = groups_of(scores.source[positions])
+    counts = np.bincount(codes, minlength=len(names))
     first, median, third = np.quantile(lengths, [0.25, 0.5, 0.75]).tolist() if len(lengths) else [float("nan")] * 3
     return Profile(
         samples=len(positions),
         tokens=int(lengths.sum()),
         length_quartiles=(first, median, third),
-        sources={name: int(n) / len(positions) for name, n in zip(names.tolist(), counts, strict=True)},
+        sources={name: int(n) / len(positions) for name, n in zip(names, counts, strict=True)},
     )
 
 

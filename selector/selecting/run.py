@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from selector.errors import SelectionError
 from selector.neighbours import Neighbours
 from selector.policies import Budget, MemberNeighbours, Pool, run_policy
+from selector.policies.base import groups_of
 from selector.scores import Aggregation, LengthControl, read_scores, score
 from selector.selecting.shortlist import can_shortlist, shortlist
 from selector.selection import Selection
@@ -201,10 +202,10 @@ def _selection(scores: Scores, picks: Picks, settings: dict[str, Any], before: d
 
 def _by_source(source: np.ndarray, n_tokens: Int[np.ndarray, " N"]) -> dict[str, tuple[int, int]]:
     """Samples and tokens of each source."""
-    names, codes = np.unique(source.astype(str), return_inverse=True)
+    names, codes = groups_of(source)
     tokens = np.bincount(codes, weights=n_tokens, minlength=len(names))
     counts = np.bincount(codes, minlength=len(names))
-    return {name: (int(n), int(t)) for name, n, t in zip(names.tolist(), counts, tokens, strict=True)}
+    return {name: (int(n), int(t)) for name, n, t in zip(names, counts, tokens, strict=True)}
 
 
 def _version(distribution: str) -> str:

@@ -24,6 +24,13 @@ from selector.scores.table import read_provenance, resolve_name, to_scores
 from selector.types import Scores
 
 BATCH = 1 << 18
+"""Rows that are read at a time when ids are looked up."""
+FLOOR_FROM = 1 << 20
+"""Rows from which on a sample tells first how much need not be sorted."""
+STRIDE = 61
+"""Every so many rows are that sample."""
+FLOOR_SLACK = 1.2
+"""How much more than the budget is sought in it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,25 +122,59 @@ def within_reach(
         costs: what each row costs.
         limit: the budget.
     """
-    order = np.argsort(-values)[: int(np.isfinite(values).sum())]
-    if len(shares) > 1:
-        order = order[np.argsort(groups[order].astype(np.min_scalar_type(len(shares))), kind="stable")]
-    bounds = (
-        np.searchsorted(groups[order], np.arange(len(shares) + 1)) if len(shares) > 1 else np.array([0, len(order)])
-    )
+    reached = np.zeros(len(values), dtype=bool)
+    floor = _floor(values, groups, shares, costs, limit)
+    part = np.flatnonzero(values >= floor[groups])
+    inside, lowest = _reach(values[part], groups[part], shares, costs[part], limit)
+    if (lowest < floor).any():
+        # the sample misled; look at everything
+        part = np.flatnonzero(np.isfinite(values))
+        inside, _ = _reach(values[part], groups[part], shares, costs[part], limit)
+    reached[part[inside]] = True
+    return reached
+
+
+def _floor(
+    values: Float64[np.ndarray, " N"],
+    groups: Int[np.ndarray, " N"],
+    shares: Float64[np.ndarray, " G"],
+    costs: Int[np.ndarray, " N"],
+    limit: int,
+) -> Float64[np.ndarray, " G"]:
+    """A score in each group that the budget will hardly reach, from a sample; it spares sorting the rest."""
+    floor = np.full(len(shares), -np.inf)
+    if len(values) < FLOOR_FROM:
+        return floor
+    sample = np.flatnonzero(np.isfinite(values[::STRIDE])) * STRIDE
+    _, lowest = _reach(values[sample], groups[sample], shares, costs[sample], int(FLOOR_SLACK * limit / STRIDE))
+    return lowest
+
+
+def _reach(
+    values: Float64[np.ndarray, " N"],
+    groups: Int[np.ndarray, " N"],
+    shares: Float64[np.ndarray, " G"],
+    costs: Int[np.ndarray, " N"],
+    limit: int,
+) -> tuple[Bool[np.ndarray, " N"], Float64[np.ndarray, " G"]]:
+    """Rows within reach among finite scores, and the lowest of them in each group, -inf where a group is used up."""
+    order = np.argsort(-values)
+    order = order[np.argsort(groups[order].astype(np.min_scalar_type(len(shares))), kind="stable")]
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(groups, minlength=len(shares)))])
     members = [order[a:b] for a, b in pairwise(bounds)]
     spent = [np.cumsum(costs[rows], dtype=np.int64) for rows in members]
     largest = int(costs.max(initial=0))
     # equal scores may come in another order than here, which moves what a group has spent at a turn by one sample
-    wanted = limit + 2 * largest * len(shares)
-    turn = _turn(spent, shares, wanted)
-    reached = np.zeros(len(values), dtype=bool)
-    for rows, total, share in zip(members, spent, shares, strict=True):
-        last = int(np.searchsorted(total, share * turn + 2 * largest, side="left")) if share > 0 else 0
+    turn = _turn(spent, shares, limit + 2 * largest * len(shares))
+    reached, lowest = np.zeros(len(values), dtype=bool), np.full(len(shares), -np.inf)
+    for group, (rows, total, share) in enumerate(zip(members, spent, shares, strict=True)):
+        last = int(np.searchsorted(total, share * turn + 2 * largest)) + 1 if share > 0 else 0
         if 0 < last < len(rows):
             last += int(np.searchsorted(-values[rows[last:]], -values[rows[last - 1]], side="right"))
         reached[rows[:last]] = True
-    return reached
+        if last < len(rows):
+            lowest[group] = values[rows[last - 1]] if last else np.inf
+    return reached, lowest
 
 
 def _turn(spent: list[Int64[np.ndarray, " _"]], shares: Float64[np.ndarray, " G"], wanted: int) -> float:

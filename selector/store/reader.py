@@ -29,7 +29,10 @@ def feature_matrix(column: pa.ChunkedArray, width: int) -> Float32[np.ndarray, "
     if lists.null_count:
         # a null list hides child values of its own, so it is filled before its values are taken
         lists = pc.fill_null(lists, pa.scalar([float("nan")] * width, type=lists.type))
-    return pc.fill_null(lists.flatten(), float("nan")).to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, width)
+    values = lists.flatten()
+    if values.null_count:
+        values = pc.fill_null(values, float("nan"))
+    return values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, width)
 
 
 class FeatureStore:

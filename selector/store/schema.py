@@ -40,6 +40,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class Manifest:
     cost: tuple[dict[str, Any], ...] = ()
     """One ledger entry per run: seconds, samples, tokens, device."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Short hash of the identity and the layer table, which every shard carries."""
         return fingerprint({"identity": self.identity, "layers": [dataclasses.asdict(spec) for spec in self.layers]})
