@@ -188,7 +188,7 @@ def agree_and_resume(names: list[str], out: Path) -> None:
 
 
 def test_two_ranks_agree_and_resume_exactly(tmp_path: Path) -> None:
-    agree_and_resume(SOME, tmp_path)
+    agree_and_resume([SOME[0], SOME[3], SOME[5], SOME[6]], tmp_path)
 
 
 @pytest.mark.slow

@@ -51,8 +51,8 @@ def selection(ids: list[str], weights: list[float] | None = None) -> Selection:
     )  # fmt: skip
 
 
-def trainer(kind: str, out: Path, data: Dataset, **options: Any) -> Any:
-    """A stock trainer for a tiny random model: `sft`, `dpo`, `kto`, `grpo`, `rloo` or `plain`."""
+def trainer(kind: str, out: Path, data: Dataset, network: Any = None, **options: Any) -> Any:
+    """A stock trainer, by default of a tiny random model: `sft`, `dpo`, `kto`, `grpo`, `rloo` or `plain`."""
     import trl
 
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
@@ -64,7 +64,7 @@ def trainer(kind: str, out: Path, data: Dataset, **options: Any) -> Any:
     if kind == "plain":
         data = data.map(lambda row: tokenizer(row["prompt"], padding="max_length", max_length=24, truncation=True))
         data = data.map(lambda row: {"labels": row["input_ids"]})
-        return Trainer(model=model(tokenizer), train_dataset=data, args=TrainingArguments(**(settings | options)))
+        return Trainer(model=network or model(tokenizer), train_dataset=data, args=TrainingArguments(**(settings | options)))
     if kind in ("grpo", "rloo"):
         settings |= {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 4, "beta": 0.0}
     if kind == "sft":
@@ -76,7 +76,7 @@ def trainer(kind: str, out: Path, data: Dataset, **options: Any) -> Any:
     if kind in ("dpo", "kto"):
         extra = {"ref_model": model(tokenizer)}
     cls = getattr(trl, f"{kind.upper()}Trainer")
-    return cls(model=model(tokenizer), train_dataset=data, processing_class=tokenizer, args=config, **extra)
+    return cls(model=network or model(tokenizer), train_dataset=data, processing_class=tokenizer, args=config, **extra)
 
 
 def model(tokenizer: Any) -> LlamaForCausalLM:
@@ -139,6 +139,10 @@ def resume(
 ) -> dict[str, list[list[str]]]:
     """Train once through and once more from the checkpoint of step `save_at`.
 
+    Args:
+        attached: whether to attach a selection of all rows but the first and last three; otherwise the trainer's own
+            sampler draws the same rows.
+
     Returns:
         `whole`: the samples of each training step of the first run; `resumed`: of the second one.
     """
@@ -146,7 +150,8 @@ def resume(
 
     seen: dict[str, list[list[str]]] = {}
     for run in ("whole", "resumed"):
-        trained = trainer(kind, out, dataset(n, kind), **options)
+        data = dataset(n, kind).select(range(0 if attached else 3, n if attached else n - 3))
+        trained = trainer(kind, out, data, **options)
         if attached:
             attach(trained, selection([f"s{i}" for i in range(3, n - 3)]), **(attach_options or {}))
         trained.add_callback(SaveAt(save_at))

@@ -73,6 +73,7 @@ class AdaptiveSampler(SelectionSampler):
         self.signal = signal
         signal.bind(self.ids, self.scores)
         self._stalest = max(1, int(coverage * self._batch_size))
+        self._lots = np.argsort(weighted_order(self._keys, seed=self._seed))
         self._last_drawn = np.full(len(self.ids), -1, dtype=np.int64)
         self._n_batches = 0
         self._epoch_of_blocks = 0
@@ -132,10 +133,6 @@ class AdaptiveSampler(SelectionSampler):
         return batch
 
     def _longest_waiting(self, n: int) -> Int[np.ndarray, " n"]:
-        """Positions of the n samples drawn longest ago; lots decide between equals."""
-        last = np.partition(self._last_drawn, n - 1)[n - 1]
-        longer, equal = np.flatnonzero(self._last_drawn < last), np.flatnonzero(self._last_drawn == last)
-        lots = weighted_order(
-            self._keys[equal], seed=self._seed, epoch=self._n_batches, draw=1, limit=n - len(longer)
-        )
-        return np.concatenate([longer, equal[lots]])
+        """Positions of the n samples drawn longest ago; a lot that each sample keeps decides between equals."""
+        waiting = self._last_drawn * len(self.ids) + self._lots
+        return np.argpartition(waiting, n - 1)[:n]

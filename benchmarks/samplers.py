@@ -1,0 +1,146 @@
+"""What the samplers cost, and whether an interrupted run draws what it would have drawn.
+
+    python benchmarks/samplers.py            order of ten million samples, overhead of a step, the grid of resumed runs
+    python benchmarks/samplers.py --quick    without the grid, which takes about 20 minutes on 2 cores
+
+Prints its tables and writes them to benchmarks/results/samplers-DATE.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+import tempfile
+import time
+import tracemalloc
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+import conftest  # noqa: E402, F401  # maps selector.integrations to its folder when the package is not installed
+import trainer_cases as cases  # noqa: E402
+
+from selector.assets import TINY_MODEL  # noqa: E402
+from selector.integrations.trl import attach  # noqa: E402
+from selector.sampling import AdaptiveSampler, RewardSignal, SelectionSampler, weighted_order  # noqa: E402
+
+Row = tuple[str, str, str]
+
+
+def order_of_ten_million() -> list[Row]:
+    """Time and memory of one weighted order."""
+    n = 10_000_000
+    rng = np.random.default_rng(0)
+    keys, weights = rng.integers(0, 2**63, n, dtype=np.uint64), rng.exponential(size=n)
+    seconds = []
+    for epoch in range(5):
+        began = time.perf_counter()
+        weighted_order(keys, weights, seed=0, epoch=epoch)
+        seconds.append(time.perf_counter() - began)
+    tracemalloc.start()
+    weighted_order(keys, weights, seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return [
+        ("order of 10 M samples, weighted, without replacement: median of 5", f"{np.median(seconds):.2f} s", "<= 1.5 s"),
+        ("... peak of memory that it allocates", f"{peak / 1e6:.0f} MB", "<= 250 MB"),
+    ]
+
+
+def overhead_of_a_step(folder: Path) -> list[Row]:
+    """What drawing costs beside a training step of the embedded model, the cheapest real one there is."""
+    from transformers import AutoModelForCausalLM
+
+    n, batch = 100_000, 8
+    picked = cases.selection([f"s{i}" for i in range(n)])
+    began = time.perf_counter()
+    drawn = sum(1 for _ in SelectionSampler(picked, batch_size=batch))
+    static = (time.perf_counter() - began) / drawn * batch
+    signal = RewardSignal()
+    sampler = AdaptiveSampler(picked, signal, batch_size=batch)
+    draws = iter(sampler)
+    next(draws)
+    began = time.perf_counter()
+    for _ in range(100):
+        for _ in range(batch):
+            next(draws)
+    adaptive = (time.perf_counter() - began) / 100
+    network = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32)
+    options = {"per_device_train_batch_size": batch, "num_train_epochs": 1}
+    trainer = cases.trainer("sft", folder, cases.dataset(400, "sft"), network, **options)
+    attach(trainer, cases.selection([f"s{i}" for i in range(400)]))
+    step = trainer.train().metrics["train_runtime"] / 50
+    return [
+        (f"training step of the embedded model, {batch} short samples", f"{1e3 * step:.1f} ms", ""),
+        ("drawing a batch from 100,000 samples, static", f"{1e6 * static:.1f} us = {static / step:.2%} of it", "< 0.5 %"),
+        ("... adaptive, O(pool) a batch", f"{1e3 * adaptive:.2f} ms = {adaptive / step:.2%} of it", ""),
+    ]
+
+
+def resume_grid(folder: Path) -> list[Row]:
+    """Resumed runs whose samples are those of the uninterrupted run, beside the trainers' own samplers."""
+    rows: list[Row] = []
+    for world in (1, 2):
+        attached = cases.grid(world)
+        stock = {name: case | {"attached": False} for name, case in attached.items() if "adaptive" not in name}
+        found: dict[str, Counter[str]] = {}
+        for how, grid in (("attached", attached), ("stock", stock)):
+            out = folder / f"{how}-{world}"
+            out.mkdir()
+            if world == 2:
+                ranks = cases.run_on_two_ranks(grid, out)
+            else:
+                ranks = [{name: cases.resume(out=out / str(i), **case) for i, (name, case) in enumerate(grid.items())}]
+            for name in grid:
+                same = all(cases.same_tail(rank[name]) for rank in ranks)
+                found.setdefault(family(name), Counter()).update({f"{how} same": same, f"{how} runs": 1})
+        for name, count in sorted(found.items()):
+            mine, theirs = (f"{count[f'{how} same']} of {count[f'{how} runs']}" for how in ("attached", "stock"))
+            rows.append((f"{world} rank{'s'[: world - 1]}: {name}", mine, theirs if count["stock runs"] else "-"))
+    return rows
+
+
+def family(name: str) -> str:
+    """A row of the table: the case without its workers."""
+    return ", ".join(part for part in name.split(", ") if "workers" not in part)
+
+
+def table(rows: list[Row], head: Row) -> str:
+    """Rows as Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ("---", "---", "---"), *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="leave the grid of resumed runs out")
+    quick = parser.parse_args().quick
+    warnings.simplefilter("ignore")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "accelerate", "numpy"))
+    text = [
+        "# Samplers", "", f"{datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {versions}", "",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        text += [table(order_of_ten_million() + overhead_of_a_step(out), ("what", "measured", "goal")), ""]
+        if not quick:
+            head = ("resumed runs that draw the same samples", "attached", "the trainer's own sampler")
+            text += [table(resume_grid(out), head), ""]
+    report = "\n".join(text)
+    print(report)
+    if not quick:
+        (HERE / "results" / f"samplers-{datetime.date.today()}.md").write_text(report)
+
+
+if __name__ == "__main__":
+    main()
