@@ -22,7 +22,7 @@ others, and solves a sample's matrix again in high where the floor comes near it
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selector.errors import ConfigError, SelectorError, did_you_mean
-from selector.spectra.linalg import eigenvalues, semidefinite_factor
+from selector.spectra.linalg import matmul, root_eigenvalues, semidefinite_factor, uses_kernels
 from selector.spectra.threads import over_batch
 
 Precision = Literal["fast", "high", "reference", "auto"]
@@ -40,7 +40,7 @@ ESCALATE = 0.1
 """`auto` solves a matrix again when its floor exceeds this share of ‖G‖_F / sqrt(R)."""
 
 MEMORY = 1 << 30
-"""Bytes of work space that `solve` takes on CPU unless told otherwise; on a GPU it takes a quarter of what is free."""
+"""Bytes of work space that `solve` takes on CPU unless told otherwise; on a GPU it takes half of what is free."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,14 +122,15 @@ def solve(cores: Sequence[Core], memory: int | None = None) -> list[Float[Tensor
     """
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, core in enumerate(cores):
-        groups[core.matrix.shape[-2:], core.squared, core.left is None, core.matrix.dtype, core.matrix.device].append(i)
+        groups[_padded(core), core.squared, core.left is None, core.matrix.dtype, core.matrix.device].append(i)
     spectra: list[Tensor] = [torch.empty(0)] * len(cores)
-    for members in groups.values():
-        for i, sigma in zip(members, _solve_group([cores[i] for i in members], memory), strict=True):
-            spectra[i] = sigma
-    again = [i for i, core in enumerate(cores) if core.escalated]
-    for i, sigma in zip(again, solve([cores[i].escalated[1] for i in again], memory) if again else (), strict=True):
-        spectra[i][cores[i].escalated[0]] = sigma
+    for (shape, *_), members in groups.items():
+        for chunk in _chunks(cores, members, shape, memory):
+            for i, sigma in zip(chunk, _solve_chunk([cores[i] for i in chunk], shape), strict=True):
+                spectra[i] = sigma
+    again = [(i, *core.escalated) for i, core in enumerate(cores) if core.escalated]
+    for (i, samples, _), sigma in zip(again, solve([core for *_, core in again], memory) if again else (), strict=True):
+        spectra[i][samples] = sigma
     return spectra
 
 
@@ -225,12 +226,12 @@ def _gradient_core(x: Tensor, delta: Tensor, precision: str) -> Core:
     x, x_scale = _operand(x, precision)
     delta, scale = _operand(delta, precision)
     small_side_first = (delta.mT, x) if delta.shape[-1] <= x.shape[-1] else (x.mT, delta)
-    gradient, ok = _finite(_matmul(*small_side_first))
+    gradient, ok = _finite(matmul(*small_side_first))
     scale = (x_scale * scale).masked_fill(~ok, torch.nan)
     frobenius = torch.linalg.matrix_norm(gradient).double() * scale
     size, squared = gradient.shape[-2], precision != "reference"
     return Core(
-        _matmul(gradient, gradient.mT) if squared else gradient, None, squared, scale, frobenius,
+        matmul(gradient, gradient.mT) if squared else gradient, None, squared, scale, frobenius,
         (eps**0.5 if squared else eps) * frobenius, f"{precision}: {size}x{size} " + ("Gram of G" if squared else "G"),
     )  # fmt: skip
 
@@ -244,35 +245,61 @@ def _escalate(core: Core, x: Tensor, delta: Tensor) -> Core:
     return Core(**{**core.__dict__, "escalated": (need, better), "route": f"{core.route}, {len(need)} in high"})
 
 
-def _solve_group(cores: list[Core], memory: int | None) -> list[Tensor]:
-    """Spectra of cores that share size, kind, dtype and device, in chunks of whole cores that fit the work space."""
-    matrix = cores[0].matrix
+def _padded(core: Core) -> torch.Size:
+    """Shape in which a core is solved: the kernels work on blocks of 64, and added zero rows only add zeros to a spectrum."""
+    shape = core.matrix.shape[-2:]
+    return torch.Size(-(-size // 64) * 64 for size in shape) if core.squared and uses_kernels(core.matrix) else shape
+
+
+def _chunks(cores: Sequence[Core], members: list[int], shape: torch.Size, memory: int | None) -> Iterator[list[int]]:
+    """Runs of members whose matrices, at five copies each, fit the work space; at least one member each."""
+    matrix = cores[members[0]].matrix
     if memory is None:
-        memory = torch.cuda.mem_get_info(matrix.device)[0] // 4 if matrix.is_cuda else MEMORY
-    size = 4 * max(matrix[:1].nbytes, 1)
-    spectra, chunk, rows = [], [], 0
-    for core in cores:
-        if chunk and (rows + len(core.matrix)) * size > memory:
-            spectra, chunk, rows = spectra + _solve_chunk(chunk), [], 0
-        chunk.append(core)
-        rows += len(core.matrix)
-    return spectra + _solve_chunk(chunk)
+        memory = torch.cuda.mem_get_info(matrix.device)[0] // 2 if matrix.is_cuda else MEMORY
+    room = memory // max(5 * shape.numel() * matrix.element_size(), 1)
+    chunk, rows = [], 0
+    for i in members:
+        if chunk and rows + len(cores[i].matrix) > room:
+            yield chunk
+            chunk, rows = [], 0
+        chunk.append(i)
+        rows += len(cores[i].matrix)
+    yield chunk
 
 
-def _solve_chunk(cores: list[Core]) -> list[Tensor]:
-    matrices = torch.cat([core.matrix for core in cores])
+def _solve_chunk(cores: list[Core], shape: torch.Size) -> list[Tensor]:
+    """Spectra of cores that share kind, dtype and device, padded to one size."""
+    matrices = _stack([core.matrix for core in cores], shape)
     if not cores[0].squared:
         values = over_batch(torch.linalg.svdvals, matrices)
     else:
         if cores[0].left is not None:
             lefts = {id(core.left): core.left for core in cores}
-            lower = semidefinite_factor(torch.cat(list(lefts.values()))).split([len(left) for left in lefts.values()])
+            lower = semidefinite_factor(_stack(list(lefts.values()), shape)).split([len(left) for left in lefts.values()])
             by_left = dict(zip(lefts, lower, strict=True))
-            factors = torch.cat([by_left[id(core.left)] for core in cores])
-            matrices = factors.mT @ matrices @ factors
-        values = eigenvalues(matrices).clamp_min(0).sqrt()
-    scale = torch.cat([core.scale for core in cores])
-    return list((values.double() * scale.unsqueeze(-1)).split([len(core.matrix) for core in cores]))
+            start = 0
+            for core in cores:
+                part, factor = matrices[start : start + len(core.matrix)], by_left[id(core.left)]
+                part.copy_(matmul(factor.mT, matmul(part, factor)))
+                start += len(part)
+        values = root_eigenvalues(matrices)
+    spectra = values.double() * torch.cat([core.scale for core in cores]).unsqueeze(-1)
+    return [
+        part[:, : core.matrix.shape[-2]]
+        for part, core in zip(spectra.split([len(core.matrix) for core in cores]), cores, strict=True)
+    ]
+
+
+def _stack(parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """One new tensor of all parts, each matrix padded to the shape by zeros."""
+    if all(part.shape[-2:] == shape for part in parts):
+        return torch.cat(parts)
+    stacked = parts[0].new_zeros(sum(len(part) for part in parts), *shape)
+    start = 0
+    for part in parts:
+        stacked[start : start + len(part), : part.shape[-2], : part.shape[-1]] = part
+        start += len(part)
+    return stacked
 
 
 def _work_dtype(precision: str) -> torch.dtype:
@@ -283,19 +310,17 @@ def _operand(values: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     """The values in the dtype of the products, and the power of two per sample that keeps float32 squares in range."""
     if precision != "fast":
         return values.double(), values.new_ones(len(values), dtype=torch.float64)
-    values = values.float()
-    largest = values.flatten(1).abs().amax(-1) if values.numel() else values.new_zeros(len(values))
+    if values.dtype == torch.float16 or not values.numel():  # the square of a float16 fits a float32
+        return values, values.new_ones(len(values), dtype=torch.float64)
+    values = values.float() if values.dtype == torch.float64 else values
+    largest = torch.linalg.vector_norm(values, torch.inf, dim=(1, 2)).float()
     exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 0).clamp(-126, 126)
     ones = torch.ones_like(largest)
-    return values * torch.ldexp(ones, -exponent)[:, None, None], torch.ldexp(ones.double(), exponent)
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b
+    return values * torch.ldexp(ones, -exponent).to(values.dtype)[:, None, None], torch.ldexp(ones.double(), exponent)
 
 
 def _gram(values: Tensor) -> Tensor:
-    return _matmul(values, values.mT)
+    return matmul(values, values.mT)
 
 
 def _trace(matrices: Tensor) -> Tensor:

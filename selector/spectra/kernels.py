@@ -1,10 +1,12 @@
-"""Triton kernels: eigenvalues of batches of symmetric matrices by tridiagonalisation and bisection."""
+"""Triton kernels: eigenvalues of batches of symmetric matrices by tridiagonalization and bisection."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
 
 
 @triton.jit
@@ -25,12 +27,12 @@ def _block(u, last):
 
 
 @triton.jit
-def _tridiagonalise(
+def _tridiagonalize(
     a_ptr, d_ptr, e_ptr, work_ptr, counter_ptr, n, batch, n_groups, work_stride,
     GROUP: tl.constexpr, PANEL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
-    STAGES: tl.constexpr,
+    SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Householder tridiagonalisation of symmetric matrices, one group of GROUP programs for each; destroys them.
+    """Householder tridiagonalization of symmetric matrices, one group of GROUP programs for each; destroys them.
 
     Only tiles on and above the diagonal are read. Reflectors gather in panels V, W, and the matrix is brought up to date once per
     panel: in between the current matrix is A - V Wᵀ - W Vᵀ. Per column there are two phases, each ended by a barrier:
@@ -49,6 +51,8 @@ def _tridiagonalise(
     n_chunks = (n + CHUNK - 1) // CHUNK
     panel = tl.arange(0, PANEL)
     blocks = tl.arange(0, BLOCKS)
+    n_segments = (n_blocks + SEGMENT - 1) // SEGMENT
+    segments = tl.arange(0, SEGMENTS)
     SUMS: tl.constexpr = 2 * PANEL + 2
 
     for m in range(group, batch, n_groups):
@@ -58,8 +62,9 @@ def _tridiagonalise(
         v_rows = w_ptr + PANEL * n
         w_rows = v_rows + PANEL * n
         column_ptr = w_rows + PANEL * n
-        part_ptr = column_ptr + n
-        sums = part_ptr + BLOCKS * n
+        col_part = column_ptr + n
+        row_part = col_part + BLOCKS * n
+        sums = row_part + SEGMENTS * n
         shares = sums + tl.arange(0, GROUP) * SUMS
         own = sums + rank * SUMS
 
@@ -103,30 +108,39 @@ def _tridiagonalise(
                 tl.store(v_rows + c * PANEL + j, v, mask=c < n)
 
             first = (k + 1) // TILE
-            units = (n_blocks - first) * (n_blocks - first + 1) // 2
-            form = tl.zeros([TILE], dtype=dtype)
-            for u in tl.range(rank, units, GROUP, num_stages=STAGES):
-                bi, bj = _block(units - 1 - u, n_blocks - 1)
+            form_r = tl.zeros([TILE], dtype=dtype)
+            form_c = tl.zeros([TILE], dtype=dtype)
+            unit = 0
+            for bi in range(first, n_blocks):
                 r = bi * TILE + tl.arange(0, TILE)
-                c = bj * TILE + tl.arange(0, TILE)
-                tile = tl.load(a + r[:, None] * n + c[None, :], mask=(r > k)[:, None], other=0.0)
                 v_r = tl.load(column_ptr + r) * inverse
                 v_r = tl.where(r > k + 1, v_r, tl.where(r == k + 1, 1.0, 0.0))
-                v_c = tl.load(column_ptr + c) * inverse
-                v_c = tl.where(c > k + 1, v_c, tl.where(c == k + 1, 1.0, 0.0))
-                row = tl.sum(tile * v_c[None, :], 1)
-                col = tl.sum(tile * v_r[:, None], 0)
-                tl.store(part_ptr + bj * n + r, row)
-                tl.store(part_ptr + bi * n + c, col, mask=bi != bj)
-                form += row * v_r + tl.where(bi != bj, col * v_c, 0.0)
-            tl.store(own + 2 * PANEL + 1, tl.sum(form))
+                skip = bi // SEGMENT
+                for s in range(skip + (rank - unit % GROUP + GROUP) % GROUP, n_segments, GROUP):
+                    rows = tl.zeros([TILE, TILE], dtype=dtype)
+                    for bj in tl.range(
+                        tl.maximum(bi, s * SEGMENT), tl.minimum(s * SEGMENT + SEGMENT, n_blocks), num_stages=STAGES
+                    ):
+                        c = bj * TILE + tl.arange(0, TILE)
+                        v_c = tl.load(column_ptr + c) * inverse
+                        v_c = tl.where(c > k + 1, v_c, tl.where(c == k + 1, 1.0, 0.0))
+                        tile = tl.load(a + r[:, None] * n + c[None, :], mask=(r > k)[:, None], other=0.0)
+                        rows += tile * v_c[None, :]
+                        col = tl.sum(tile * v_r[:, None], 0)
+                        tl.store(col_part + bi * n + c, col, mask=bi != bj)
+                        form_c += tl.where(bi != bj, col * v_c, 0.0)
+                    row = tl.sum(rows, 1)
+                    tl.store(row_part + s * n + r, row)
+                    form_r += row * v_r
+                unit += n_segments - skip
+            tl.store(own + 2 * PANEL + 1, tl.sum(form_r) + tl.sum(form_c))
             target += GROUP
             _barrier(counter, target, GROUP)
 
             # w = tau y - (tau² yᵀv / 2) v with y = A v - V (Wᵀv) - W (Vᵀv); then column k + 1 of A - V Wᵀ - W Vᵀ.
             half = 0.5 * tau * tau * (tl.sum(tl.load(shares + 2 * PANEL + 1)) - 2 * tl.sum(dot_v * dot_w))
-            used = (blocks >= first) & (blocks < n_blocks)
-            y_head = tl.sum(tl.load(part_ptr + blocks * n + k + 1, mask=used, other=0.0))
+            ahead = (segments >= first // SEGMENT) & (segments < n_segments)
+            y_head = tl.sum(tl.load(row_part + segments * n + k + 1, mask=ahead, other=0.0))
             y_head -= tl.sum(v_head * dot_w + w_head * dot_v)
             new_head = tau * y_head - half
             next_v = tl.zeros([PANEL], dtype=dtype)
@@ -140,7 +154,11 @@ def _tridiagonalise(
                 inside = (c < n)[:, None]
                 old_v = tl.load(v_rows + c[:, None] * PANEL + panel[None, :], mask=inside & done[None, :], other=0.0)
                 old_w = tl.load(w_rows + c[:, None] * PANEL + panel[None, :], mask=inside & done[None, :], other=0.0)
-                y = tl.sum(tl.load(part_ptr + blocks[None, :] * n + c[:, None], mask=inside & used[None, :], other=0.0), 1)
+                block = (c // TILE)[:, None]
+                used = inside & (segments[None, :] >= block // SEGMENT) & (segments[None, :] < n_segments)
+                y = tl.sum(tl.load(row_part + segments[None, :] * n + c[:, None], mask=used, other=0.0), 1)
+                used = inside & (blocks[None, :] >= first) & (blocks[None, :] < block)
+                y += tl.sum(tl.load(col_part + blocks[None, :] * n + c[:, None], mask=used, other=0.0), 1)
                 y -= tl.sum(old_v * dot_w[None, :] + old_w * dot_v[None, :], 1)
                 v = tl.load(v_ptr + j * n + c, mask=c < n, other=0.0)
                 w = tl.where(c > k, tau * y - half * v, 0.0)
@@ -166,6 +184,7 @@ def _tridiagonalise(
             _barrier(counter, target, GROUP)
 
             if fresh:
+                units = (n_blocks - first) * (n_blocks - first + 1) // 2
                 for u in tl.range(rank, units, GROUP, num_stages=STAGES):
                     bi, bj = _block(units - 1 - u, n_blocks - 1)
                     r = bi * TILE + tl.arange(0, TILE)
@@ -177,7 +196,8 @@ def _tridiagonalise(
                         w_r = tl.load(w_ptr + i * n + r)
                         v_c = tl.load(v_ptr + i * n + c)
                         w_c = tl.load(w_ptr + i * n + c)
-                        tile -= v_r[:, None] * w_c[None, :] + w_r[:, None] * v_c[None, :]
+                        tile -= v_r[:, None] * w_c[None, :]
+                        tile -= w_r[:, None] * v_c[None, :]
                     tl.store(spot, tile, mask=(r > k)[:, None])
                 target += GROUP
                 _barrier(counter, target, GROUP)
@@ -237,34 +257,67 @@ def _bisect_roots(
     tl.store(out_ptr + m * n + block * LANES + lane, 0.5 * (left + right), mask=index >= 0)
 
 
-def tridiagonalise(a, group=1, panel=16, tile=64, chunk=256, warps=4, slots=None, regs=None, stages=1):
-    """Destroys a."""
+def tridiagonalize(matrices: Float[Tensor, "N n n"]) -> tuple[Float[Tensor, "N n"], Float[Tensor, "N n"]]:
+    """Reduce symmetric matrices to tridiagonal ones with the same eigenvalues.
+
+    Args:
+        matrices: finite, float32 or float64, of magnitude near 1, n a multiple of 64; destroyed.
+
+    Returns:
+        Diagonals, and off-diagonals whose last entry is 0.
+    """
+    batch, n = matrices.shape[:2]
+    single = matrices.dtype == torch.float32
+    slots = (4 if single else 2) * torch.cuda.get_device_properties(matrices.device).multi_processor_count
+    group = 1
+    while batch * group * 2 <= slots and group * 2 <= min(n // 16, 64):
+        group *= 2
+    plan = dict(group=group, slots=slots, panel=8 if n <= 1024 else 16, regs=128 if single else None)
+    return _launch(matrices, segment=64 if group == 1 else 4 if n >= 1024 else 2, **plan)
+
+
+def _launch(a, *, group, slots, panel=8, tile=64, chunk=128, warps=4, regs=None, stages=1, segment=64):
     batch, n = a.shape[:2]
     blocks = triton.next_power_of_2(n // tile)
+    segment = min(segment, blocks)
+    segments = triton.next_power_of_2(triton.cdiv(n // tile, segment))
     d = torch.empty(batch, n, dtype=a.dtype, device=a.device)
     e = torch.zeros_like(d)
-    stride = (4 * panel + 1 + blocks) * n + group * (2 * panel + 2)
+    stride = (4 * panel + 1 + blocks + segments) * n + triton.cdiv(group * (2 * panel + 2), 64) * 64
     work = torch.empty(batch * stride, dtype=a.dtype, device=a.device)
     groups = batch if group == 1 else min(batch, slots // group)
     counter = torch.zeros(groups, dtype=torch.int32, device=a.device)
+    # Programs of a group wait for each other, so all must run at once.
     extra = {"launch_cooperative_grid": True} if group > 1 and a.is_cuda else {}
     if regs:
         extra["maxnreg"] = regs
-    _tridiagonalise[(groups * group,)](
+    _tridiagonalize[(groups * group,)](
         a, d, e, work, counter, n, batch, groups, stride, GROUP=group, PANEL=panel, TILE=tile, CHUNK=chunk,
-        BLOCKS=blocks, STAGES=stages, num_warps=warps, **extra,
+        BLOCKS=blocks, SEGMENT=segment, SEGMENTS=segments, STAGES=stages, num_warps=warps, **extra,
     )  # fmt: skip
     return d, e
 
 
-def bisect_roots(d, e, steps, lanes=None, warps=4):
+def bisect_roots(d: Float[Tensor, "N n"], e: Float[Tensor, "N n"]) -> Float[Tensor, "N n"]:
+    """Square roots of the eigenvalues of positive semidefinite tridiagonal matrices.
+
+    Args:
+        d: diagonals.
+        e: off-diagonals; the last entry is not read.
+
+    Returns:
+        Roots, descending, each within 2^-23 (float32) or 2^-30 (float64) of the largest; negative eigenvalues give about 0.
+    """
     batch, n = d.shape
     size = triton.next_power_of_2(n)
-    lanes = lanes or min(size, 512)
+    lanes = min(size, 512)
     blocks = triton.cdiv(n, lanes)
+    steps = (23 if d.dtype == torch.float32 else 30) - (lanes.bit_length() - 1)
     out = torch.empty_like(d)
     e2 = torch.empty(batch * blocks, n, dtype=d.dtype, device=d.device)
     counts = torch.empty(batch * blocks, lanes, dtype=torch.int32, device=d.device)
     tiny = torch.finfo(d.dtype).tiny ** 0.5
-    _bisect_roots[(batch, blocks)](d, e, out, e2, counts, n, steps, tiny, LANES=lanes, SIZE=size, num_warps=warps)
+    _bisect_roots[(batch, blocks)](
+        d, e, out, e2, counts, n, steps, tiny, LANES=lanes, SIZE=size, num_warps=max(lanes // 64, 1)
+    )
     return out
