@@ -157,9 +157,19 @@ def captured_gradients(model: nn.Module, targets: list[Target], batch: Batch, **
     return found
 
 
+def parameters_of(target: Target) -> list[str]:
+    """Names of the parameters that hold the weight that a target belongs to: several for experts in a list."""
+    if target.stack is None:
+        return [f"{target.spec.name}.weight"]
+    if target.stack.listed:
+        return [f"{target.spec.name}.{expert}.{target.stack.name}.weight" for expert in range(len(target.module))]
+    return [f"{target.spec.name}.{target.stack.name}"]
+
+
 def full_gradient(target: Target, gradients: dict[str, Tensor]) -> Tensor:
     """The autograd gradient of the whole weight that a target belongs to, outputs before inputs."""
-    gradient = gradients[f"{target.spec.name}.{target.stack.parameter if target.stack else 'weight'}"]
+    found = [gradients[name] for name in parameters_of(target)]
+    gradient = torch.stack(found) if target.stack and target.stack.listed else found[0]
     return gradient.mT if stored_transposed(target) else gradient
 
 
@@ -188,5 +198,5 @@ def close(found: Tensor, expected: Tensor) -> None:
 def by_weight(targets: list[Target]) -> Iterator[list[Target]]:
     groups: dict[tuple[str, str], list[Target]] = {}
     for target in targets:
-        groups.setdefault((target.spec.name, target.stack.parameter if target.stack else ""), []).append(target)
+        groups.setdefault((target.spec.name, target.stack.name if target.stack else ""), []).append(target)
     yield from groups.values()

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from families import (
-    FUSED, ROUTED, SEPARATE, assembled, build, by_weight, captured_gradients, close, full_gradient, random_samples, run_capture,
-    stored_transposed, weight_gradients,
+    FUSED, ROUTED, SEPARATE, assembled, build, by_weight, captured_gradients, close, full_gradient, parameters_of, random_samples,
+    run_capture, stored_transposed, weight_gradients,
 )  # fmt: skip
 from torch import nn
 
@@ -47,16 +47,15 @@ def deltas_of(model) -> dict[str, torch.Tensor]:
 def without(model, targets, projection: str) -> nn.Module:
     """The model with the outputs of one projection at zero in every layer."""
     model = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
     for target in targets:
-        if target.spec.projection == projection:
-            name = target.stack.parameter if target.stack else "weight"
-            parameters = dict(model.get_submodule(target.spec.name).named_parameters())
+        for name in parameters_of(target) if target.spec.projection == projection else ():
             weight = parameters[name].data if stored_transposed(target) else parameters[name].data.mT
             columns = torch.arange(weight.shape[-1]) if target.columns is None else target.columns.of(torch.arange(weight.shape[-1]))
             weight[..., columns] = 0
-            bias = parameters.get(name + "_bias" if target.stack else "bias")
-            if bias is not None:
-                bias.data[..., columns] = 0
+            bias = name.removesuffix("weight") + "bias" if name.endswith(".weight") else name + "_bias"
+            if bias in parameters:
+                parameters[bias].data[..., columns] = 0
     return model
 
 
