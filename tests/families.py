@@ -64,6 +64,7 @@ SEPARATE = [
 ]
 FUSED = [
     family("phi3", "Phi3", GROUPED, GATED),
+    family("glm4", "Glm4", GROUPED | HEAD_DIM, GATED),
     family("gpt2", "GPT2", GPT, PLAIN),
     family("gpt_neox", "GPTNeoX", SIZES, PLAIN),
     family("bloom", "Bloom", BASE | dict(hidden_size=16, n_layer=2, n_head=4), PLAIN),
@@ -88,6 +89,7 @@ ROUTED = [
         "gpt_oss", "GptOss", GROUPED | HEAD_DIM | dict(num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2),
         ["q", "k", "v", "o", *EXPERTS],
     ),
+    family("olmoe", "Olmoe", GROUPED | dict(num_experts=4, num_experts_per_tok=2), ["q", "k", "v", "o", *EXPERTS]),
     family(
         "deepseek_v3", "DeepseekV3",
         SIZES | LATENT | dict(n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=6, n_shared_experts=1,

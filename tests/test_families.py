@@ -59,7 +59,7 @@ def without(model, targets, projection: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("chosen", FUSED)
+@pytest.mark.parametrize("chosen", [parameter for parameter in FUSED if parameter.id != "glm4"])
 def test_fused_attention_is_split_into_what_acts_as_query_key_and_value(chosen):
     """The first token attends to itself whatever its query; without values, queries and keys change nothing."""
     model = build(chosen)
@@ -73,7 +73,7 @@ def test_fused_attention_is_split_into_what_acts_as_query_key_and_value(chosen):
             assert (silent[f"{layer}.{projection}"].abs().max() == 0) == (projection != "v")
 
 
-@pytest.mark.parametrize("chosen", [FUSED[0], *ROUTED])
+@pytest.mark.parametrize("chosen", [*FUSED[:2], *ROUTED])
 def test_fused_gates_are_split_into_what_acts_as_gate_and_up(chosen):
     """A gate of zero lets nothing through, so that nothing reaches the up projection."""
     model = build(chosen)
