@@ -64,6 +64,7 @@ SEPARATE = [
 ]
 FUSED = [
     family("phi3", "Phi3", GROUPED, GATED),
+    family("glm4", "Glm4", GROUPED | HEAD_DIM, GATED),
     family("gpt2", "GPT2", GPT, PLAIN),
     family("gpt_neox", "GPTNeoX", SIZES, PLAIN),
     family("bloom", "Bloom", BASE | dict(hidden_size=16, n_layer=2, n_head=4), PLAIN),
@@ -88,6 +89,7 @@ ROUTED = [
         "gpt_oss", "GptOss", GROUPED | HEAD_DIM | dict(num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2),
         ["q", "k", "v", "o", *EXPERTS],
     ),
+    family("olmoe", "Olmoe", GROUPED | dict(num_experts=4, num_experts_per_tok=2), ["q", "k", "v", "o", *EXPERTS]),
     family(
         "deepseek_v3", "DeepseekV3",
         SIZES | LATENT | dict(n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=6, n_shared_experts=1,
@@ -157,9 +159,19 @@ def captured_gradients(model: nn.Module, targets: list[Target], batch: Batch, **
     return found
 
 
+def parameters_of(target: Target) -> list[str]:
+    """Names of the parameters that hold the weight that a target belongs to: several for experts in a list."""
+    if target.stack is None:
+        return [f"{target.spec.name}.weight"]
+    if target.stack.listed:
+        return [f"{target.spec.name}.{expert}.{target.stack.name}.weight" for expert in range(len(target.module))]
+    return [f"{target.spec.name}.{target.stack.name}"]
+
+
 def full_gradient(target: Target, gradients: dict[str, Tensor]) -> Tensor:
     """The autograd gradient of the whole weight that a target belongs to, outputs before inputs."""
-    gradient = gradients[f"{target.spec.name}.{target.stack.parameter if target.stack else 'weight'}"]
+    found = [gradients[name] for name in parameters_of(target)]
+    gradient = torch.stack(found) if target.stack and target.stack.listed else found[0]
     return gradient.mT if stored_transposed(target) else gradient
 
 
@@ -188,5 +200,5 @@ def close(found: Tensor, expected: Tensor) -> None:
 def by_weight(targets: list[Target]) -> Iterator[list[Target]]:
     groups: dict[tuple[str, str], list[Target]] = {}
     for target in targets:
-        groups.setdefault((target.spec.name, target.stack.parameter if target.stack else ""), []).append(target)
+        groups.setdefault((target.spec.name, target.stack.name if target.stack else ""), []).append(target)
     yield from groups.values()

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from families import (
-    FUSED, ROUTED, SEPARATE, assembled, build, by_weight, captured_gradients, close, full_gradient, random_samples, run_capture,
-    stored_transposed, weight_gradients,
+    FUSED, ROUTED, SEPARATE, assembled, build, by_weight, captured_gradients, close, full_gradient, parameters_of, random_samples,
+    run_capture, stored_transposed, weight_gradients,
 )  # fmt: skip
 from torch import nn
 
@@ -47,20 +47,19 @@ def deltas_of(model) -> dict[str, torch.Tensor]:
 def without(model, targets, projection: str) -> nn.Module:
     """The model with the outputs of one projection at zero in every layer."""
     model = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
     for target in targets:
-        if target.spec.projection == projection:
-            name = target.stack.parameter if target.stack else "weight"
-            parameters = dict(model.get_submodule(target.spec.name).named_parameters())
+        for name in parameters_of(target) if target.spec.projection == projection else ():
             weight = parameters[name].data if stored_transposed(target) else parameters[name].data.mT
             columns = torch.arange(weight.shape[-1]) if target.columns is None else target.columns.of(torch.arange(weight.shape[-1]))
             weight[..., columns] = 0
-            bias = parameters.get(name + "_bias" if target.stack else "bias")
-            if bias is not None:
-                bias.data[..., columns] = 0
+            bias = name.removesuffix("weight") + "bias" if name.endswith(".weight") else name + "_bias"
+            if bias in parameters:
+                parameters[bias].data[..., columns] = 0
     return model
 
 
-@pytest.mark.parametrize("chosen", FUSED)
+@pytest.mark.parametrize("chosen", [parameter for parameter in FUSED if parameter.id != "glm4"])
 def test_fused_attention_is_split_into_what_acts_as_query_key_and_value(chosen):
     """The first token attends to itself whatever its query; without values, queries and keys change nothing."""
     model = build(chosen)
@@ -74,7 +73,7 @@ def test_fused_attention_is_split_into_what_acts_as_query_key_and_value(chosen):
             assert (silent[f"{layer}.{projection}"].abs().max() == 0) == (projection != "v")
 
 
-@pytest.mark.parametrize("chosen", [FUSED[0], *ROUTED])
+@pytest.mark.parametrize("chosen", [*FUSED[:2], *ROUTED])
 def test_fused_gates_are_split_into_what_acts_as_gate_and_up(chosen):
     """A gate of zero lets nothing through, so that nothing reaches the up projection."""
     model = build(chosen)

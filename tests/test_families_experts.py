@@ -5,16 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from families import ROUTED, build, captured_gradients, random_samples, run_capture, weight_gradients
+import torch.nn.functional as F
+from families import (
+    ROUTED, SEPARATE, build, captured_gradients, close, full_gradient, random_samples, run_capture, weight_gradients,
+)  # fmt: skip
 from oracles import dense_measures
+from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from selector.batching import collate
+from selector.errors import ModelError
 from selector.gradients.experts import Routing, by_pair
 from selector.gradients.targets import find_targets, unmeasured
 from selector.scorer.features import FeatureExtractor
 from selector.types import MEASURES
 
+LLAMA = SEPARATE[0].values[0]
 MIXTRAL, QWEN = (parameter.values[0] for parameter in ROUTED[:2])
 
 
@@ -50,7 +56,7 @@ def test_features_are_means_over_the_experts_hit_weighted_by_their_tokens(mixtra
         if target.stack is None:
             continue
         experts = routed_tokens(mixtral, sample)[target.spec.layer][counting[target.spec.layer]].flatten()
-        gradient = gradients[f"{target.spec.name}.{target.stack.parameter}"]
+        gradient = gradients[f"{target.spec.name}.{target.stack.name}"]
         half = slice(None) if target.columns is None else slice(target.columns.start, target.columns.stop)
         for name in MEASURES:
             expected = np.mean([dense_measures(gradient[e][half])[name] for e in experts.tolist()])
@@ -66,20 +72,21 @@ def test_features_of_experts_do_not_depend_on_batch_mates_padding_or_order(mixtr
             np.testing.assert_allclose(together[sample.sample_id][name], alone[name], rtol=1e-5)
 
 
-def test_shares_of_a_sample_sum_to_one_and_pairs_come_once(mixtral):
-    shares, seen = {}, set()
+def test_pairs_come_once_and_count_every_token_for_each_of_its_experts(mixtral):
+    """In the first layer all tokens but the last change the loss."""
+    counts, seen = {}, set()
 
     def keep(factors):
-        if factors.experts is not None:
-            for sample, expert, share in zip(*(t.tolist() for t in (factors.experts.sample, factors.experts.expert, factors.experts.share)), strict=True):
-                name = (factors.specs[0].key, sample)
-                assert (name, expert) not in seen
-                seen.add((name, expert))
-                shares[name] = shares.get(name, 0) + share
+        if factors.experts is not None and factors.specs[0].layer == 0:
+            pairs = factors.experts
+            for sample, expert, tokens in zip(pairs.sample.tolist(), pairs.expert.tolist(), pairs.tokens.tolist(), strict=True):
+                key = (factors.specs[0].key, sample)
+                assert (key, expert) not in seen
+                seen.add((key, expert))
+                counts[key] = counts.get(key, 0) + tokens
 
     run_capture(mixtral, find_targets(mixtral), collate(random_samples(11, 5), 0), keep)
-    assert len(shares) == 2 * 2 * 2
-    assert all(total == pytest.approx(1) for total in shares.values())
+    assert counts == {(f"0.expert_{part}", i): 2 * tokens for part in ("gate", "down") for i, tokens in ((0, 10), (1, 4))}
 
 
 def test_model_computes_what_it_computed_and_its_experts_function_comes_back(mixtral):
@@ -106,6 +113,57 @@ def test_experts_behind_activation_checkpointing():
         torch.testing.assert_close(found[key], plain[key])
 
 
+class ListedExperts(nn.Module):
+    """A block of routed experts as models had it before transformers 5, and as code beside checkpoints has it."""
+
+    def __init__(self, hidden: int, intermediate: int, experts: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden, experts)
+        sizes = {"w1": (hidden, intermediate), "w3": (hidden, intermediate), "w2": (intermediate, hidden)}
+        self.experts = nn.ModuleList(Expert({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(experts))
+
+    def forward(self, x):
+        hidden = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.gate(hidden).softmax(-1).topk(2)
+        total = torch.zeros_like(hidden)
+        for index, expert in enumerate(self.experts):
+            token, place = (chosen == index).nonzero(as_tuple=True)
+            rows = expert(hidden[None, token].reshape(-1, x.shape[-1]))
+            total = total.index_add(0, token, rows * weights[token, place, None])
+        return total.view_as(x)
+
+
+class Expert(nn.ModuleDict):
+    def forward(self, x):
+        return self["w2"](F.silu(self["w1"](x)) * self["w3"](x))
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}], ids=["kept", "recomputed"])
+def test_experts_in_a_list_equal_autograd_gradients(options):
+    model = build(LLAMA)
+    for layer in model.model.layers:
+        layer.mlp = ListedExperts(16, 6, 4).double()
+    targets = find_targets(model)
+    assert [t.spec.projection for t in targets] == ["q", "k", "v", "o", "expert_gate", "expert_up", "expert_down"] * 2
+    assert unmeasured(model, targets) == ["model.layers.N.mlp.gate"]
+    samples = random_samples(9, 5)
+    found = captured_gradients(model, targets, collate(samples, 0), **options)
+    for i, sample in enumerate(samples):
+        gradients = weight_gradients(model, sample)
+        for target in targets:
+            expected = full_gradient(target, gradients)
+            close(found[target.spec.key][i][: len(expected)], expected)
+
+
+def test_experts_whose_tokens_cannot_be_told_are_refused():
+    model = build(LLAMA)
+    for layer in model.model.layers:
+        layer.mlp = ListedExperts(16, 6, 4).double()
+        layer.mlp.experts[0].register_forward_pre_hook(lambda module, inputs: inputs[0] * 1)
+    with pytest.raises(ModelError, match="it cannot be told which tokens an expert got"):
+        captured_gradients(model, find_targets(model), collate(random_samples(30), 0))
+
+
 def test_routers_are_reported_as_not_measured(mixtral):
     assert unmeasured(mixtral, find_targets(mixtral)) == ["model.layers.N.mlp.gate"]
 
@@ -117,7 +175,7 @@ def test_pairs_are_padded_to_others_of_about_their_length():
     x, delta = torch.randn(96, 3), torch.randn(96, 2)
     groups = list(by_pair(x, delta, Routing(token, expert, 96, 33), torch.zeros(96, dtype=torch.long)))
     assert sorted(tuple(rows.shape) for rows, _, _ in groups) == [(1, 64, 3), (32, 1, 3)]
-    assert sum(float(pairs.share.sum()) for _, _, pairs in groups) == pytest.approx(1)
+    assert sorted(pairs.tokens.tolist() for _, _, pairs in groups) == [[1] * 32, [64]]
 
 
 def test_rows_without_gradient_are_left_out():

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from selector.errors import ModelError
 from selector.gradients.checkpointing import decoder_layers, is_recomputed, recomputed
-from selector.gradients.experts import ExpertRows, Routing, by_pair, observed_experts
+from selector.gradients.experts import ExpertRows, Observer, Routing, by_pair, observed_expert, observed_experts
 from selector.gradients.targets import Target
 from selector.gradients.tokens import Segment, TokenMap
 from selector.types import LayerSpec
@@ -52,13 +52,13 @@ Consumer = Callable[[LayerFactors], None]
 
 
 class _Site:
-    """One place of a model where inputs and output gradients meet: a module, or one stack of a module of experts."""
+    """One place of a model where inputs and output gradients meet: a module, one stack of a module of experts, or a layer of one expert."""
 
-    def __init__(self, targets: Sequence[Target], recomputing_ancestors: Sequence[nn.Module]) -> None:
+    def __init__(self, targets: Sequence[Target], ancestors: Sequence[nn.Module], expert: int | None = None) -> None:
         self.targets = tuple(targets)
         self.module, self.stack, self.factors = targets[0].module, targets[0].stack, targets[0].factors
-        self.name = targets[0].spec.name
-        self.ancestors = recomputing_ancestors
+        self.name = targets[0].spec.name if self.stack is None else f"{targets[0].spec.name}.{self.stack.name}"
+        self.ancestors, self.expert = ancestors, expert
 
 
 class _Input:
@@ -102,8 +102,12 @@ class GradientCapture:
         modules = dict(model.named_modules())
         grouped: dict[tuple[int, str], list[Target]] = {}
         for target in targets:
-            grouped.setdefault((id(target.module), target.stack.parameter if target.stack else ""), []).append(target)
-        self._sites = [_Site(group, _ancestors(modules, group[0].spec.name)) for group in grouped.values()]
+            grouped.setdefault((id(target.module), target.stack.name if target.stack else ""), []).append(target)
+        self._sites: list[_Site] = []
+        for (first, *others) in grouped.values():
+            listed = first.stack is not None and first.stack.listed
+            for expert in range(len(first.module)) if listed else (None,):
+                self._sites.append(_Site((first, *others), _ancestors(modules, first.spec.name), expert))
         self._tokens = TokenMap(1)
         self._forget()
 
@@ -114,13 +118,16 @@ class GradientCapture:
             stack.enter_context(set_checkpoint_early_stop(False))
             if self.checkpoint:
                 stack.enter_context(recomputed(decoder_layers(self.model, [target.spec for target in self.targets])))
-            observers: dict[nn.Module, dict[str, Callable[[Tensor, Tensor, Routing], None]]] = {}
+            observers: dict[nn.Module, dict[str, Observer]] = {}
             for site in self._sites:
+                observer = partial(self._observe, site)
                 if site.stack is None:
                     handle = site.module.register_forward_hook(partial(self._hook, site))
                     stack.callback(handle.remove)
+                elif site.expert is None:
+                    observers.setdefault(site.module, {})[site.stack.name] = observer
                 else:
-                    observers.setdefault(site.module, {})[site.stack.parameter] = partial(self._observe, site)
+                    stack.enter_context(observed_expert(site.module, site.expert, site.stack.name, observer))
             if observers:
                 stack.enter_context(observed_experts(observers))
             stack.callback(self._forget)
@@ -148,7 +155,7 @@ class GradientCapture:
         Raises:
             ModelError: a target's hooks did not run, so that its gradient is unknown.
         """
-        silent = [site.name for site in self._sites if id(site) not in self._reached]
+        silent = list(dict.fromkeys(site.name for site in self._sites if site.name not in self._reached))
         if silent:
             raise ModelError(
                 "hooks did not run, so that these layers cannot be measured", got=_shown(silent), allowed="modules that the model calls",
@@ -167,15 +174,15 @@ class GradientCapture:
     def _forget(self) -> None:
         self._inputs: list[_Input] = []
         self._calls: dict[int, _Call] = {}
-        self._reached: set[int] = set()
+        self._reached: set[str] = set()
         self._recomputed: set[int] = set()
 
     def _hook(self, site: _Site, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._observe(site, inputs[0], output)
 
-    def _observe(self, site: _Site, x: Tensor, output: Tensor, routing: Routing | None = None) -> None:
+    def _observe(self, site: _Site, x: Tensor, output: Tensor, routing: Callable[[], Routing] | None = None) -> None:
         """Note that a site was computed, in the forward pass or again in the backward pass."""
-        self._reached.add(id(site))
+        self._reached.add(site.name)
         in_backward = torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint asks as well
         call = self._calls.get(id(site))
         if call is not None and in_backward:
@@ -191,9 +198,9 @@ class GradientCapture:
             self._take_input(call, x, routing)
         output.register_hook(partial(self._receive, call))
 
-    def _take_input(self, call: _Call, x: Tensor, routing: Routing | None) -> None:
+    def _take_input(self, call: _Call, x: Tensor, routing: Callable[[], Routing] | None) -> None:
         if not (self._inputs and routing is None and self._inputs[-1].is_of(x)):
-            self._inputs.append(_Input(x.detach(), routing))
+            self._inputs.append(_Input(x.detach(), routing() if routing else None))
         call.input = self._inputs[-1]
         call.input.calls.append(call)
         if call.delta is not None:

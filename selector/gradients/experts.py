@@ -1,8 +1,9 @@
-"""Routed experts: their gradients, though transformers computes all experts of a layer at once and not by modules.
+"""Routed experts: an expert sees the tokens that are routed to it, of whichever samples.
 
-Modules of routed experts hold the weights of all their experts as stacks [E, O, I] and call a function of a registry to apply them.
-While a capture is active that function is the one below: the same computation, expert by expert, with the inputs and
-outputs of every expert in reach. An expert sees the tokens that are routed to it, of whichever samples.
+In transformers 5 the weights of all experts are stacks [E, O, I] that a function of a registry applies. While a capture is active
+that function is the one below: the same computation, expert by expert, with the inputs and outputs of every expert in reach.
+Before, and in code that comes with checkpoints, experts are a list of modules; hooks reach those, and which tokens
+they got is read off the indexing that autograd recorded.
 
 Each pair of a sample and an expert that it hits is measured as one matrix. Pairs are padded and handed over together with others
 of about the same number of tokens, so that many small experts cost few calls and little padding. A token counts for an
@@ -22,20 +23,24 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from selector.gradients.layers import Columns, consecutive
+from selector.errors import ModelError
+from selector.gradients.layers import Columns, consecutive, layer_size, layer_type_of
 
 IMPLEMENTATION = "selector"
 
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """One stack of weights of a module of routed experts."""
+    """The weights of all experts of a layer that have one purpose."""
 
-    parameter: str
+    name: str
+    """Name of the parameter that holds them all, or in a list of experts of the linear layer in each."""
     in_features: int
     out_features: int
     parts: dict[str, Columns | None]
     """Roles of its parts."""
+    listed: bool = False
+    """Whether the experts are a list of modules."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,37 +61,54 @@ class ExpertRows:
     """Position of the pair's sample in the batch."""
     expert: Int[Tensor, " P"]
     """Index of the pair's expert."""
-    share: Float[Tensor, " P"]
-    """Part of the sample's tokens, counted once for each expert that they hit, that the pair has; sums to 1 over a sample."""
+    tokens: Int[Tensor, " P"]
+    """Tokens of the sample that the expert got and that have a gradient there."""
 
 
 def expert_stacks(module: nn.Module) -> tuple[ExpertStack, ...]:
-    """The stacks of a module of routed experts that can be measured; nothing for any other module.
+    """The weights of a module of routed experts that can be measured; nothing for any other module.
 
     Args:
         module: any module.
     """
-    stacks = []
-    sharded = getattr(module, "_is_expert_parallel", False)
-    if not hasattr(module, "is_transposed") or not hasattr(module, "_apply_gate") or sharded:
+    if isinstance(module, nn.ModuleList):
+        return _listed_stacks(module)
+    if not hasattr(module, "is_transposed") or not hasattr(module, "_apply_gate") or getattr(module, "_is_expert_parallel", False):
         return ()
-    gated = getattr(module, "has_gate", True)
-    for name in ("gate_up_proj" if gated else "up_proj", "down_proj"):
+    stacks = []
+    for name in ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"):
         weight = getattr(module, name, None)
         if not isinstance(weight, Tensor) or weight.ndim != 3 or not weight.is_floating_point():
             return ()
         inputs, outputs = weight.shape[1:] if module.is_transposed else (weight.shape[2], weight.shape[1])
         parts: dict[str, Columns | None] = {"expert_" + name.removesuffix("_proj"): None}
         if name == "gate_up_proj":
-            consecutive_halves = getattr(module, "is_concatenated", True)
-            groups, width = (1, outputs // 2) if consecutive_halves else (outputs // 2, 1)
+            groups, width = (1, outputs // 2) if getattr(module, "is_concatenated", True) else (outputs // 2, 1)
             parts = dict(consecutive(groups, expert_gate=width, expert_up=width))
         stacks.append(ExpertStack(name, inputs, outputs, parts))
     return tuple(stacks)
 
 
-Observer = Callable[[Tensor, Tensor, Routing], None]
-"""Takes inputs and outputs of one stack, one row for each token and expert that it goes to."""
+LISTED_ROLES = {
+    "gate_proj": "expert_gate", "up_proj": "expert_up", "down_proj": "expert_down",
+    "w1": "expert_gate", "w3": "expert_up", "w2": "expert_down",
+}  # fmt: skip
+"""Role of a linear layer of one expert of a list; Mixtral has numbers for names."""
+
+
+def _listed_stacks(modules: nn.ModuleList) -> tuple[ExpertStack, ...]:
+    children = [dict(expert.named_children()) for expert in modules]
+    stacks = []
+    for name, role in LISTED_ROLES.items():
+        layers = [child[name] for child in children if name in child and layer_type_of(child[name]) is not None]
+        sizes = {layer_size(layer) for layer in layers}
+        if len(layers) == len(children) and len(sizes) == 1:
+            stacks.append(ExpertStack(name, *sizes.pop(), parts={role: None}, listed=True))
+    return tuple(stacks)
+
+
+Observer = Callable[[Tensor, Tensor, Callable[[], Routing]], None]
+"""Takes inputs and outputs, one row for each token and expert that it goes to, and what tells which those are."""
 
 
 @contextmanager
@@ -111,6 +133,48 @@ def observed_experts(observers: Mapping[nn.Module, Mapping[str, Observer]]) -> I
         del ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION]
 
 
+@contextmanager
+def observed_expert(modules: nn.ModuleList, index: int, name: str, observer: Observer) -> Iterator[None]:
+    """See the inputs and outputs of one linear layer of one expert of a list.
+
+    Args:
+        modules: the experts.
+        index: of the expert.
+        name: of the layer in the expert.
+        observer: called whenever the expert runs.
+    """
+    received: list[Tensor] = []
+
+    def enter(expert: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        received[:] = inputs[:1]
+
+    def leave(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        observer(inputs[0], output, partial(_routing_of, received.pop(), index, len(modules)))
+
+    expert = modules[index]
+    handles = [expert.register_forward_pre_hook(enter), expert.get_submodule(name).register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _routing_of(received: Float[Tensor, "rows I"], index: int, experts: int) -> Routing:
+    """Which tokens an expert got, from the indexing by which they were picked."""
+    node: Any = received.grad_fn
+    while node is not None and not hasattr(node, "_saved_indices"):
+        reshapes = type(node).__name__.startswith(("View", "UnsafeView", "Reshape", "Unsqueeze", "Squeeze"))
+        node = node.next_functions[0][0] if reshapes else None
+    if node is None:
+        raise ModelError(
+            "it cannot be told which tokens an expert got", got=type(received.grad_fn).__name__, allowed="tokens picked by an index",
+            fix="use transformers 5, or leave the experts out by --projections",
+        )  # fmt: skip
+    dimension, token = next((i, chosen) for i, chosen in enumerate(node._saved_indices) if chosen is not None)
+    return Routing(token, torch.full_like(token, index), node._saved_self_sym_sizes[dimension], experts)
+
+
 def _experts_forward(
     observers: Mapping[nn.Module, Mapping[str, Observer]],
     module: Any,
@@ -128,7 +192,7 @@ def _experts_forward(
     def apply(name: str, rows: Tensor) -> Tensor:
         outputs = _linear_by_expert(module, name, rows, counts)
         if name in seen:
-            seen[name](rows, outputs, routing)
+            seen[name](rows, outputs, lambda: routing)
         return outputs
 
     rows = hidden_states[routing.token]
@@ -174,9 +238,6 @@ def by_pair(
     live = live[order]
     pairs, pair_of_row, counts = key[order].unique_consecutive(return_inverse=True, return_counts=True)
     place = torch.arange(len(live), device=x.device) - (counts.cumsum(0) - counts)[pair_of_row]
-    sample = pairs // routing.experts
-    totals = torch.zeros(int(sample.max()) + 1, dtype=torch.long, device=x.device).index_add(0, sample, counts)
-    share = counts.double() / totals[sample]
     bucket = (counts - 1).clamp(min=1).log2().floor().long()
     for size in bucket.unique().tolist():
         members = (bucket == size).nonzero()[:, 0]
@@ -190,4 +251,4 @@ def by_pair(
             flat = values.new_zeros(len(members) * width, values.shape[1])
             flat[target] = values[live[rows]]
             padded.append(flat.view(len(members), width, -1))
-        yield padded[0], padded[1], ExpertRows(sample[members], pairs[members] % routing.experts, share[members])
+        yield padded[0], padded[1], ExpertRows(pairs[members] // routing.experts, pairs[members] % routing.experts, counts[members])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ Factors = tuple[Float[Tensor, "N rows I"], Float[Tensor, "N rows O"]]
 class LayerType:
     """What has to be known of a class of modules to measure its weight gradients."""
 
-    size: Callable[[nn.Module], tuple[int, int]]
+    size: Callable[[Any], tuple[int, int]]
     """Number of inputs and of outputs of a module."""
     factors: Callable[[nn.Module, Tensor, Tensor], Factors] | None = None
     """Turns a module's inputs [N, T, I] and output gradients [N, T, O] into the factors to measure; None leaves them as they are."""

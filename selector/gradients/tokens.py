@@ -11,6 +11,9 @@ from torch import Tensor
 Segment = tuple[int, int, int]
 """Sample, first token and end of a run of its tokens in a batch that is one long sequence."""
 
+_Places = tuple[Tensor, Tensor, Tensor]
+"""Of every token that belongs to a sample: its position in the batch, its sample, and its position among the sample's tokens."""
+
 
 class TokenMap:
     """Which tokens of a batch belong to which sample.
@@ -23,17 +26,8 @@ class TokenMap:
 
     def __init__(self, samples: int, segments: Sequence[Segment] = ()) -> None:
         self.samples = samples
-        self._length = 0
-        self._source: Tensor | None = None
-        if segments:
-            owner = torch.cat([torch.full((stop - start,), sample) for sample, start, stop in segments])
-            self._source = torch.cat([torch.arange(start, stop) for _, start, stop in segments])
-            counts = owner.bincount(minlength=samples)
-            self._length = int(counts.max())
-            order = owner.argsort(stable=True)
-            self._source, self._owner = self._source[order], owner[order]
-            place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[self._owner]
-            self._destination = self._owner * self._length + place
+        self._places: _Places | None = _places(samples, segments) if segments else None
+        self._longest = int(self._places[2].max()) + 1 if self._places else 0
 
     def split(self, tensor: Float[Tensor, "*tokens C"]) -> Float[Tensor, "N T C"]:
         """One row per sample: its sequences joined along the tokens, because their gradients add, and padded with zeros.
@@ -42,11 +36,12 @@ class TokenMap:
             tensor: one vector per token of the batch, with or without a dimension of sequences.
         """
         width = tensor.shape[-1]
-        if self._source is None:
+        if self._places is None:
             return tensor.reshape(self.samples, -1, width)
-        rows = tensor.new_zeros(self.samples * self._length, width)
-        rows[self._destination.to(tensor.device)] = tensor.reshape(-1, width)[self._source.to(tensor.device)]
-        return rows.reshape(self.samples, self._length, width)
+        self._places = source, owner, place = tuple(index.to(tensor.device) for index in self._places)
+        rows = tensor.new_zeros(self.samples, self._longest, width)
+        rows[owner, place] = tensor.reshape(-1, width)[source]
+        return rows
 
     def owners(self, tokens: int, device: torch.device) -> Int[Tensor, " tokens"]:
         """The sample of every token of the batch, in the order in which the model has them.
@@ -55,8 +50,19 @@ class TokenMap:
             tokens: number of tokens of the batch, padding included.
             device: where the result goes.
         """
-        if self._source is None:
+        if self._places is None:
             return torch.arange(self.samples, device=device).repeat_interleave(tokens // self.samples)
-        owners = torch.zeros(tokens, dtype=torch.long)
-        owners[self._source] = self._owner
-        return owners.to(device)
+        source, owner, _ = (index.to(device) for index in self._places)
+        owners = torch.zeros(tokens, dtype=torch.long, device=device)
+        owners[source] = owner
+        return owners
+
+
+def _places(samples: int, segments: Sequence[Segment]) -> _Places:
+    owner = torch.cat([torch.full((stop - start,), sample) for sample, start, stop in segments])
+    source = torch.cat([torch.arange(start, stop) for _, start, stop in segments])
+    order = owner.argsort(stable=True)
+    owner, source = owner[order], source[order]
+    counts = owner.bincount(minlength=samples)
+    place = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+    return source, owner, place

@@ -113,7 +113,7 @@ class FeatureExtractor:
         """
         spectra = solve([core for _, core, _ in self._cores])
         sums = torch.zeros(len(MEASURES), len(self.targets), n_samples, dtype=torch.float64, device=device)
-        measured = torch.zeros(len(self.targets), n_samples, dtype=torch.bool, device=device)
+        weights = torch.zeros(len(self.targets), n_samples, dtype=torch.float64, device=device)
         # spectra of one shape go through the measures together: hundreds of layers would be thousands of small calls
         groups: dict[torch.Size, list[int]] = defaultdict(list)
         for i, spectrum in enumerate(spectra):
@@ -124,13 +124,13 @@ class FeatureExtractor:
             for place, i in enumerate(members):
                 position, _, experts = self._cores[i]
                 if experts is None:
-                    sums[:, position], measured[position] = values[:, place], True
+                    sums[:, position], weights[position] = values[:, place], 1.0
                 else:
-                    sums[:, position].index_add_(1, experts.sample, values[:, place] * experts.share)
-                    measured[position, experts.sample] = True
+                    sums[:, position].index_add_(1, experts.sample, values[:, place] * experts.tokens)
+                    weights[position].index_add_(0, experts.sample, experts.tokens.double())
         self._cores = []
-        columns = sums.masked_fill(~measured, float("nan")).transpose(1, 2).float().cpu().numpy()
-        return dict(zip(MEASURES, columns, strict=True)), measured.T.cpu().numpy()
+        columns = (sums / weights).transpose(1, 2).float().cpu().numpy()
+        return dict(zip(MEASURES, columns, strict=True)), (weights > 0).T.cpu().numpy()
 
     def _joined_sketches(self, n_samples: int) -> dict[str, np.ndarray]:
         """Sketches as float16 [N, F d], each layer divided by its largest number, and these as float32 [N, F]."""
