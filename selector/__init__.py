@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from selector.scorer import load_model as load_model
     from selector.scorer import score_dataset as score_dataset
     from selector.scores import score as score
-    from selector.select import select as select
+    from selector.selecting import select as select
     from selector.selection import Selection as Selection
     from selector.store import FeatureStore as FeatureStore
     from selector.types import Scores as Scores
@@ -30,7 +30,7 @@ _HOME = {
     "load_model": "selector.scorer",
     "score": "selector.scores",
     "score_dataset": "selector.scorer",
-    "select": "selector.select",
+    "select": "selector.selecting",
 }
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selector.data.samples import Sample
@@ -27,6 +27,10 @@ class Batch:
     input_ids: Int[Tensor, "S T"]
     attention_mask: Int[Tensor, "S T"]
     loss_mask: Bool[Tensor, "S T"]
+    reference: Float[Tensor, " S"]
+    """Log-probability of the loss tokens under the reference model, nats; NaN where there is none."""
+    advantage: Float[Tensor, " S"]
+    """How much better than its group a rollout was; NaN where there is none."""
 
     @property
     def sequences_per_sample(self) -> int:
@@ -124,5 +128,7 @@ def collate(samples: Sequence[Sample], pad_token_id: int, device: torch.device |
         input_ids[i, : len(sequence)] = sequence.input_ids
         attention_mask[i, : len(sequence)] = 1
         loss_mask[i, : len(sequence)] = sequence.loss_mask
-    tensors = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, loss_mask))
-    return Batch(tuple(samples), *tensors)
+    reference = np.array([s.reference for s in sequences], dtype=np.float32)
+    advantage = np.array([s.advantage for s in sequences], dtype=np.float32)
+    arrays = (input_ids, attention_mask, loss_mask, reference, advantage)
+    return Batch(tuple(samples), *(torch.from_numpy(array).to(device) for array in arrays))

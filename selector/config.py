@@ -19,14 +19,20 @@ from typing import Any, Literal
 import yaml
 
 from selector.errors import ConfigError, SelectorError, did_you_mean, raise_all
-from selector.types import PROJECTIONS
 
 Precision = Literal["auto", "fast", "high", "reference"]
 Truncation = Literal["error", "truncate-prompt", "truncate-completion", "skip"]
-Format = Literal["auto", "prompt-completion", "instruction", "messages", "text"]
+Format = Literal["auto", "rollouts", "rollout", "preference", "prompt-completion", "instruction", "messages", "text"]
+LossName = Literal["auto", "response", "chosen", "rejected", "dpo", "policy-gradient"]
+Normalizer = Literal["dapo", "grpo", "dr_grpo"]
+Unit = Literal["group", "rollout"]
+Adapter = Literal["weight", "lora-pro", "raw"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-ROLES = ("prompt", "completion", "instruction", "input", "output", "messages", "text")
+ROLES = (
+    "prompt", "completion", "instruction", "input", "output", "messages", "text", "tools", "chat_template_kwargs",
+    "chosen", "rejected", "reference_chosen", "reference_rejected", "completions", "advantages", "advantage",
+)  # fmt: skip
 """What a column can hold; the left-hand sides that `ScoreConfig.columns` accepts."""
 
 
@@ -50,14 +56,28 @@ class ScoreConfig:
     """Column with unique sample ids; without one, ids are content hashes with an occurrence number."""
     source_column: str | None = _identity(None)
     """Column that names each row's data set or mixture component; `source` is used when it exists."""
+    loss: LossName = _identity("auto")
+    """What a sample's gradient is of: the response's mean cross-entropy, the same of one side of a preference pair
+    (chosen, rejected), the pair's DPO loss, or a group of rollouts' policy-gradient loss; auto goes by the columns."""
+    beta: float = _identity(0.1)
+    """Strength of the DPO loss's tie to the reference model."""
+    normalizer: Normalizer = _identity("dapo")
+    """What divides a policy-gradient loss: dapo all tokens of the group, grpo each rollout's own tokens and then the
+    number of rollouts, dr_grpo the number of rollouts times the maximum length."""
+    unit: Unit = _identity("group")
+    """What a sample is where rows hold several rollouts: the whole group, or each rollout by itself."""
     max_length: int = _identity(4096)
     """Longest sequence in tokens; the model's own maximum when that is smaller."""
     truncation: Truncation = _identity("error")
     """What to do with longer samples: stop, cut the prompt's start, cut the completion's end, or skip with a status."""
-    projections: tuple[str, ...] = _identity(PROJECTIONS)
-    """Which projections of each layer to measure."""
+    projections: tuple[str, ...] = _identity(())
+    """Which projections of each layer to measure; all that the model has when empty."""
     layers: tuple[int, ...] = _identity(())
     """Which decoder layers to measure, negative counts from the end; all when empty."""
+    layer_names: tuple[str, ...] = _identity(())
+    """Roles of layers that are not known by name, as role=pattern: o=*.attn.attention_output."""
+    adapter: Adapter = _identity("weight")
+    """Gradient to measure under LoRA: of the full weight, of the update that the adapter makes, or of its own matrices."""
     precision: Precision = _identity("auto")
     """How exactly spectra are computed; auto is fast for bfloat16 and float16 models, high for float32 ones."""
     dtype: Dtype = _identity("auto")
@@ -88,8 +108,8 @@ class ScoreConfig:
             problems.append(ConfigError("sketch_dimension is no square", got=self.sketch_dimension, allowed="0, 1, 4, 9, 16, 64, 256"))
         if not 0 <= self.max_failed <= 1:
             problems.append(ConfigError("max_failed is no share", got=self.max_failed, allowed="0 to 1"))
-        if not self.projections:
-            problems.append(ConfigError("no projection to measure", allowed=", ".join(PROJECTIONS)))
+        if not self.beta > 0:
+            problems.append(ConfigError("beta is too small", got=self.beta, allowed="above 0"))
         for entry in self.columns:
             role, _, column = entry.partition("=")
             if role not in ROLES or not column:
@@ -137,7 +157,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError("the settings file cannot be read", got=error, fix="check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no YAML that can be loaded safely", got=error, allowed="plain values") from error
+        raise ConfigError(f"{path} is no YAML that can be loaded safely", got=error, allowed="plain values", fix="remove tags that begin with !") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no settings", got=type(values).__name__, allowed="a mapping of names to values")
     return values
@@ -189,6 +209,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, arg) for arg in args)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
     if hint is type(None):
         return value is None
     if hint is float:

@@ -18,8 +18,8 @@ from selector.errors import GradientIndexError
 class NeighbourLists:
     """Neighbours of Q queries as compressed sparse rows: query q owns the entries `indptr[q]:indptr[q + 1]`."""
 
-    indptr: Int64[np.ndarray, " Q+1"]
-    """Where each query's entries begin, and the end of the last."""
+    indptr: Int64[np.ndarray, " _"]
+    """[Q + 1] where each query's entries begin, and the end of the last."""
     positions: Int64[np.ndarray, " E"]
     """Positions in the pool, 0 <= p < N; the nearest first within a query, ties by position."""
     similarities: Float32[np.ndarray, " E"]

@@ -12,6 +12,10 @@ from jaxtyping import install_import_hook
 
 install_import_hook("selector", "beartype.beartype")
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
@@ -20,6 +24,17 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from selector.assets import POOL, TINY_MODEL
 
 datasets.disable_progress_bars()
+
+# `selector.integrations` lies beside the library and is put inside it when it is installed
+if importlib.util.find_spec("selector.integrations") is None:
+    folder = Path(__file__).parent.parent / "integrations"
+    spec = importlib.util.spec_from_file_location(
+        "selector.integrations", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["selector.integrations"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["selector.integrations"])
 
 
 @pytest.fixture(scope="session")

@@ -20,10 +20,11 @@ LEVELS = {
     2: ("data", "store", "spectra"),
     3: ("batching", "selection", "index", "scores", "sampling.order"),
     4: ("gradients", "policies", "sampling"),
-    5: ("select", "export", "testing", "report"),
+    5: ("selecting", "export", "testing", "report"),
     6: ("scorer", "plots"),
-    7: ("cli", "integrations"),
-    8: ("__main__",),
+    7: ("integrations",),
+    8: ("cli",),
+    9: ("__main__",),
 }
 """A file imports only from lower levels or from its own package (level 0 also within itself). Nothing to the left of the data flow knows what is to its right."""
 

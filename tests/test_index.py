@@ -79,7 +79,7 @@ def test_opposing_search_finds_the_other_way():
     np.testing.assert_allclose(similarities, np.sort(truth)[::-1][:3], atol=2e-6)
 
 
-def test_a_member_is_not_its_own_neighbor_even_among_copies():
+def test_a_member_is_not_its_own_neighbour_even_among_copies():
     vectors = np.repeat(pool(3), 40, axis=0)
     index = GradientIndex.from_vectors(names(120), vectors)
     found = index.neighbours(np.arange(120), 5)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from selector.errors import ConfigError, SelectionError
 from selector.policies import POLICIES, Budget, Pool, run_policy
 from selector.testing import ContractError, check_policy, make_pool
@@ -13,7 +14,7 @@ from selector.types import Picks
 
 
 @pytest.mark.parametrize(
-    "name, exact, options",
+    ("name", "exact", "options"),
     [
         ("top", True, {}),
         ("bottom", True, {}),
@@ -27,7 +28,7 @@ def test_policy_keeps_the_contract(name, exact, options):
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    ("text", "expected"),
     [
         (500, Budget(500)),
         ("500", Budget(500)),
@@ -61,8 +62,8 @@ def test_meter_and_prefix_agree(n_tokens, amount, unit):
     n_tokens, budget = np.array(n_tokens, dtype=np.int64), Budget(amount, unit)
     order = np.random.default_rng(0).permutation(len(n_tokens))
     meter, taken = budget.meter(n_tokens), []
-    while len(taken) < len(order) and meter.take(order[len(taken)]):
-        taken.append(order[len(taken)])
+    while len(taken) < len(order) and meter.take(int(order[len(taken)])):
+        taken.append(int(order[len(taken)]))
     assert taken == budget.prefix(order, n_tokens).tolist()
 
 
@@ -103,7 +104,8 @@ def test_random_depends_on_the_seed_and_is_fair():
     for seed in range(300):
         counts[run_policy("random", scores, Budget(10), seed=seed).positions] += 1
     assert counts.sum() == 3000
-    assert counts.min() > 40 and counts.max() < 115
+    assert counts.min() > 40
+    assert counts.max() < 115
 
 
 def test_samples_without_a_score_are_counted():

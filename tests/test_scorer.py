@@ -59,7 +59,7 @@ def test_features_equal_dense_svd_of_autograd_gradients(small_llama, samples):
 def test_capture_equals_autograd_gradients_elementwise(small_llama, samples):
     """Factors, not only their spectra: a swapped pair of projections would keep every norm."""
     from selector.gradients.capture import GradientCapture, gradients_of_activations_only
-    from selector.gradients.losses import response_loss
+    from selector.gradients.losses import sample_losses
 
     targets = find_targets(small_llama)
     gradients = {}
@@ -71,8 +71,8 @@ def test_capture_equals_autograd_gradients_elementwise(small_llama, samples):
     batch = collate(samples[:4], 3)
     capture = GradientCapture(small_llama, targets, keep)
     with gradients_of_activations_only(small_llama), capture:
-        capture.begin()
-        response_loss(small_llama(batch.input_ids, attention_mask=batch.attention_mask).logits, batch).sum().backward()
+        capture.begin(samples=len(batch.samples))
+        sample_losses(small_llama(batch.input_ids, attention_mask=batch.attention_mask).logits, batch).sum().backward()
         capture.finish()
     for i, sample in enumerate(samples[:4]):
         for name, expected in autograd_gradients(small_llama, sample, list(gradients)).items():
@@ -81,14 +81,14 @@ def test_capture_equals_autograd_gradients_elementwise(small_llama, samples):
 
 def test_projections_of_one_input_are_handed_over_together(small_llama, samples):
     from selector.gradients.capture import GradientCapture, gradients_of_activations_only
-    from selector.gradients.losses import response_loss
+    from selector.gradients.losses import sample_losses
 
     groups = []
     capture = GradientCapture(small_llama, find_targets(small_llama), lambda f: groups.append({s.key for s in f.specs}))
     batch = collate(samples[:2], 3)
     with gradients_of_activations_only(small_llama), capture:
-        capture.begin()
-        response_loss(small_llama(batch.input_ids, attention_mask=batch.attention_mask).logits, batch).sum().backward()
+        capture.begin(samples=len(batch.samples))
+        sample_losses(small_llama(batch.input_ids, attention_mask=batch.attention_mask).logits, batch).sum().backward()
         capture.finish()
     layer = [{"{}.down"}, {"{}.gate", "{}.up"}, {"{}.o"}, {"{}.q", "{}.k", "{}.v"}]
     assert groups == [{key.format(i) for key in keys} for i in (1, 0) for keys in layer]
@@ -303,12 +303,10 @@ def test_missing_columns_are_named(small_llama, tokenizer, tmp_path):
 
 
 def test_model_without_known_layers_lists_its_own(tokenizer, pool, tmp_path):
-    from transformers import CodeGenConfig, CodeGenForCausalLM
+    from transformers import MambaConfig, MambaForCausalLM
 
-    model = CodeGenForCausalLM(CodeGenConfig(n_embd=16, n_head=4, n_layer=1, rotary_dim=4, vocab_size=len(tokenizer)))
-    for block in model.transformer.h:
-        block.attn.attention_output = block.attn.out_proj
-        del block.attn.out_proj
+    model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=len(tokenizer)))
     with pytest.raises(ModelError, match="no projection that is known by name") as caught:
         score_dataset(model, tokenizer, pool.select(range(2)), tmp_path / "s")
-    assert "transformer.h.N.attn.qkv_proj" in str(caught.value)
+    assert "backbone.layers.N.mixer.in_proj" in str(caught.value)
+    assert "--layer-names role=pattern" in str(caught.value)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from selector.errors import ConfigError, SelectionError
 from selector.scores import (
     HIGHER_FIRST,
@@ -118,7 +119,8 @@ def test_a_fit_survives_json_and_applies_to_another_pool(store, kind):
     fit = load_control(json.loads(json.dumps(scores.provenance["control"])))
     np.testing.assert_array_equal(score(store[0], control=fit).values, scores.values)
     longer = fit.apply(np.array([50.0, np.nan, 0.0]), np.array([10**6, 1, 1]), np.array([10**6, 1, 1]))
-    assert np.isfinite(longer[0]) and np.isnan(longer[1])
+    assert np.isfinite(longer[0])
+    assert np.isnan(longer[1])
 
 
 @settings(max_examples=30, deadline=None)
@@ -128,7 +130,8 @@ def test_controls_bear_small_and_flat_pools(n, spread, kind):
     prompt, completion = rng.integers(0, spread + 1, n), rng.integers(1, spread + 2, n)
     raw = np.exp(rng.normal(size=n))
     values = control_class(kind).fit(raw, prompt, completion).apply(raw, prompt, completion)
-    assert values.shape == (n,) and np.isfinite(values).all()
+    assert values.shape == (n,)
+    assert np.isfinite(values).all()
 
 
 def test_a_spline_control_is_scale_free():
@@ -189,7 +192,7 @@ def test_a_scaled_score_of_a_store_uses_the_whole_pool(store):
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"last": 0}, "last"),
         ({"depth": (0.8, 0.2)}, "depth"),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from exact_neighbours import ExactNeighbours
+
 from selector.errors import ConfigError, SelectionError
 from selector.scores import write_scores
-from selector.select import matched_random, select
+from selector.selecting import compare, matched_random, select
+from selector.selecting.shortlist import within_reach
 from selector.selection import Selection
 from selector.testing import make_pool, shuffled
 
@@ -69,3 +74,131 @@ def test_what_cannot_be_selected_is_refused(tmp_path):
         select(make_pool(5), budget="much")
     with pytest.raises(SelectionError, match="no table of scores"):
         select(tmp_path / "nothing.parquet")
+
+
+class Index:
+    """An index over some samples, in an order of its own, whose space is rotated against that of the vectors."""
+
+    def __init__(self, ids, vectors):
+        self.order = np.random.default_rng(7).permutation(len(ids))
+        self.ids = ids[self.order]
+        self.turn = np.linalg.qr(np.random.default_rng(8).normal(size=(vectors.shape[1],) * 2))[0]
+        self.vectors = (vectors[self.order] @ self.turn).astype(np.float32)
+        self._exact = ExactNeighbours(self.vectors)
+
+    def project(self, vectors):
+        return (vectors @ self.turn).astype(np.float32)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def neighbours(self, positions, k):
+        return self._exact.neighbours(positions, k)
+
+    def neighbours_of(self, vectors, k):
+        return self._exact.neighbours_of(self.project(vectors), k)
+
+    def graph(self, k):
+        return self._exact.graph(k)
+
+    def duplicates(self, threshold):
+        return self._exact.duplicates(threshold)
+
+
+@pytest.fixture
+def indexed():
+    scores = make_pool(80, missing=0.2)
+    vectors = np.random.default_rng(0).normal(size=(80, 4)).astype(np.float32)
+    return scores, vectors, Index(scores.ids, vectors)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"), [("facility-location", {"k": 5}), ("k-center", {}), ("match-target", {}), ("mutual-knn", {})]
+)
+def test_an_index_serves_the_policies_whatever_its_order(indexed, policy, options):
+    scores, vectors, index = indexed
+    target = np.random.default_rng(1).normal(size=(2, 4)).astype(np.float32)
+    first = select(scores, budget=10, policy=policy, index=index, target=target, **options)
+    again = select(
+        scores, budget=10, policy=policy, index=Index(scores.ids[::-1], vectors[::-1]), target=target, **options
+    )
+    assert len(first) == 10
+    assert set(first.ids) == set(again.ids)
+
+
+def test_targets_by_id_are_matched_and_not_picked(indexed):
+    scores, vectors, index = indexed
+    target = scores.ids[np.isfinite(scores.values)][:2].tolist()
+    by_index = select(scores, budget=6, policy="match-target", index=index, target=target)
+    by_vectors = select(scores, budget=6, policy="match-target", vectors=vectors, target=target)
+    assert by_index.ids.tolist() == by_vectors.ids.tolist()
+    assert not set(target) & set(by_index.ids)
+
+
+def test_samples_that_the_index_does_not_hold_are_named(indexed):
+    scores, vectors, _ = indexed
+    with pytest.raises(SelectionError, match="not in the index"):
+        select(scores, budget=6, policy="k-center", index=Index(scores.ids[:40], vectors[:40]))
+    with pytest.raises(SelectionError, match="needs vectors"):
+        select(scores, budget=6, policy="match-target", target=scores.ids[:1].tolist())
+    with pytest.raises(SelectionError, match="do not fit"):
+        select(scores, budget=6, policy="k-center", vectors=vectors[:5])
+
+
+BUDGETS = ("0", "7", "10%", "100%", "3k tokens", "20% tokens", "5 tokens")
+QUEUES = (
+    ("top", {}), ("proportional", {}), ("quota", {}), ("quota", {"shares": "proportional"}),
+    ("quota", {"shares": {"math": 5, "code": 0.1}}), ("quota", {"shares": {"chat": 1, "code": 0}}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "options"), QUEUES)
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_shortlist_changes_no_pick(tmp_path, policy, options, ties):
+    scores = make_pool(3000, ties=ties, missing=0.1)
+    write_scores(tmp_path / "scores.parquet", {"mine": scores})
+    for budget in BUDGETS:
+        short = select(tmp_path / "scores.parquet", "mine", budget, policy, **options)
+        whole = select(scores, budget=budget, policy=policy, **options)
+        assert short.ids.tolist() == whole.ids.tolist(), budget
+        assert short.provenance["sources"] == whole.provenance["sources"]
+        assert short.provenance["removed"] == whole.provenance["removed"]
+
+
+def test_a_shortlist_is_short():
+    rng = np.random.default_rng(0)
+    values, groups, costs = rng.normal(size=10_000), rng.integers(0, 3, 10_000), rng.integers(1, 50, 10_000)
+    reached = within_reach(values, groups, np.ones(3), costs, int(0.1 * costs.sum()))
+    assert 0.1 * costs.sum() <= costs[reached].sum() < 0.12 * costs.sum()
+
+
+def test_comparison_with_itself_and_with_chance():
+    scores = make_pool(2000)
+    top, random = select(scores, budget="10%"), select(scores, budget="10%", policy="random")
+    same = compare(top, top, scores)
+    assert (same.shared, same.jaccard, same.length_shift, same.source_shift) == (200, 1.0, 0.5, 0.0)
+    assert same.expected_jaccard == pytest.approx(20 / 380)
+    other = compare(top, random, scores)
+    assert other.jaccard == pytest.approx(other.expected_jaccard, abs=0.04)
+    assert other.first.samples == 200
+    assert sum(other.first.sources.values()) == pytest.approx(1)
+
+
+def test_comparison_sees_length_source_and_coverage():
+    scores = make_pool(300)
+    long, short = (select(replace(scores, values=sign * scores.n_tokens.astype(float)), budget=30) for sign in (1, -1))
+    assert compare(short, long, scores).length_shift == 1.0
+    assert compare(long, short, scores).length_shift == 0.0
+    math = select(replace(scores, values=(scores.source == "math").astype(float)), budget=30)
+    code = select(replace(scores, values=(scores.source == "code").astype(float)), budget=30)
+    assert compare(math, code, scores).source_shift == 1.0
+    vectors = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+    spread = select(scores, budget=30, policy="facility-location", index=Index(scores.ids, vectors), k=8)
+    coverage = compare(math, spread, scores, neighbours=ExactNeighbours(vectors)).coverage
+    assert coverage is not None
+    assert coverage[0] < coverage[1] < 1
+
+
+def test_a_selection_from_another_pool_cannot_be_compared():
+    with pytest.raises(SelectionError, match="not in the pool"):
+        compare(select(make_pool(30), budget=3), select(make_pool(30), budget=3), make_pool(1))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from selector import spectra
 from selector.errors import ConfigError, SelectorError
+from selector.spectra.factors import check_factors
 
 torch.set_num_threads(1)
 PRECISIONS = ("fast", "high", "reference", "auto")
@@ -191,9 +192,9 @@ def test_core_reports_the_frobenius_norm():
 def test_unknown_precision_and_misfit_factors_are_refused():
     x, delta = factors(2, 6, 9, 8)
     with pytest.raises(ConfigError, match="did you mean 'high'"):
-        spectra.singular_values(x, delta, "higher")
+        check_factors(x, [delta], "higher")
     with pytest.raises(SelectorError, match=r"x \[2, 6, 9\] and delta \[2, 5, 8\]"):
-        spectra.singular_values(x, delta[:, :5])
+        check_factors(x, [delta[:, :5]], "high")
 
 
 def test_measures_of_a_known_spectrum():

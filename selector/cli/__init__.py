@@ -13,14 +13,20 @@ from typing import Annotated, Union
 import tyro
 
 from selector.cli.command import Command
+from selector.cli.demo import DemoCommand
+from selector.cli.index import IndexCommand, SearchCommand
 from selector.cli.inspect import InfoCommand, VerifyCommand
 from selector.cli.merge import MergeCommand
 from selector.cli.replay import RunCommand
 from selector.cli.score import ScoreCommand
+from selector.cli.select import SelectCommand
 from selector.cli.transfer import TransferCommand
 from selector.errors import SelectorError
 
-COMMANDS: tuple[type[Command], ...] = (ScoreCommand, InfoCommand, VerifyCommand, MergeCommand, TransferCommand, RunCommand)
+COMMANDS: tuple[type[Command], ...] = (
+    DemoCommand, ScoreCommand, InfoCommand, VerifyCommand, MergeCommand, IndexCommand, SearchCommand, SelectCommand,
+    TransferCommand, RunCommand,
+)  # fmt: skip
 
 DESCRIPTION = "Choose post-training data by what each sample would do to the model."
 

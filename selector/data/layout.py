@@ -1,4 +1,4 @@
-"""Find out which column of a data set holds what."""
+"""Find out which column of a data set holds what, and which loss its samples have."""
 
 from __future__ import annotations
 
@@ -6,32 +6,57 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from selector.config import ScoreConfig
+from selector.config import LossName, ScoreConfig
 from selector.errors import DataError, SelectorError, did_you_mean, raise_all
 
 if TYPE_CHECKING:
     import datasets
 
-REQUIRED = {
-    "prompt-completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "instruction": ("instruction", "output"),
-    "text": ("text",),
+
+@dataclass(frozen=True)
+class Format:
+    """What the rows of one kind of data set hold."""
+
+    required: tuple[str, ...]
+    """Roles that every row needs."""
+    optional: tuple[str, ...] = ()
+    """Roles that are read where they exist."""
+    losses: tuple[LossName, ...] = ("response",)
+    """Losses that its samples can have, the automatic one first."""
+
+
+CHAT = ("tools", "chat_template_kwargs")
+REFERENCE = ("reference_chosen", "reference_rejected")
+
+FORMATS = {
+    "rollouts": Format(("prompt", "completions", "advantages"), CHAT, ("policy-gradient",)),
+    "rollout": Format(("prompt", "completion", "advantage"), CHAT, ("policy-gradient",)),
+    "preference": Format(("chosen", "rejected"), ("prompt", *REFERENCE, *CHAT), ("dpo", "chosen", "rejected")),
+    "prompt-completion": Format(("prompt", "completion"), CHAT),
+    "messages": Format(("messages",), CHAT),
+    "instruction": Format(("instruction", "output"), ("input",)),
+    "text": Format(("text",)),
 }
-"""Roles that each format needs, in the order in which formats are recognized."""
+"""The formats, in the order in which they are recognized."""
 
-OPTIONAL = {"instruction": ("input",)}
-
-ALIASES = {"conversations": "messages"}
+ALIASES = {
+    "conversations": "messages",
+    "ref_chosen_logps": "reference_chosen",
+    "ref_rejected_logps": "reference_rejected",
+    "reference_chosen_logps": "reference_chosen",
+    "reference_rejected_logps": "reference_rejected",
+}
 """Column names of other habits that hold a role."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where a data set keeps the parts of a sample."""
+    """Where a data set keeps the parts of a sample, and what the loss is made of them."""
 
     format: str
-    """One of `REQUIRED`."""
+    """One of `FORMATS`."""
+    loss: LossName
+    """Never `auto`."""
     columns: dict[str, str]
     """Column of each role."""
     id_column: str | None
@@ -44,7 +69,7 @@ class Layout:
         parts = [f"{role} = {column!r}" for role, column in self.columns.items()]
         parts += [f"id = {self.id_column!r}" if self.id_column else "id = hash of the content"]
         parts += [f"source = {self.source_column!r}"] if self.source_column else []
-        return f"{self.format}: " + ", ".join(parts)
+        return f"{self.format}: " + ", ".join(parts) + f"; loss = {self.loss}"
 
     def rows(self, dataset: datasets.Dataset, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Contents by role, row after row.
@@ -66,10 +91,11 @@ def recognize(columns: Sequence[str], config: ScoreConfig) -> Layout:
 
     Args:
         columns: the data set's column names.
-        config: formats and columns that the user set win over recognition.
+        config: format, loss and columns that the user set win over recognition.
 
     Returns:
-        The layout; the first format of `REQUIRED` whose columns are all there when the format is automatic.
+        The layout; the first format of `FORMATS` that has the loss and whose columns are all there when the format is
+        automatic.
 
     Raises:
         DataError: columns that the user named or that every format needs are missing; all of them at once.
@@ -82,18 +108,36 @@ def recognize(columns: Sequence[str], config: ScoreConfig) -> Layout:
     for setting, column in settings.items():
         if column is not None and column not in columns:
             problems.append(
-                DataError(f"{setting}: the data set has no column {column!r}", allowed=", ".join(columns), fix=did_you_mean(column, columns) or None)
+                DataError(f"{setting}: the data set has no column {column!r}", allowed=", ".join(columns), fix=did_you_mean(column, columns) or "name another column")
             )
     raise_all(problems)
-    candidates = list(REQUIRED) if config.format == "auto" else [config.format]
-    matching = [name for name in candidates if all(role in by_role for role in REQUIRED[name])]
+    candidates = _candidates(config)
+    matching = [name for name in candidates if all(role in by_role for role in FORMATS[name].required)]
     if not matching:
-        needed = " | ".join(" + ".join(REQUIRED[name]) for name in candidates)
         raise DataError(
             "the columns fit no format" if config.format == "auto" else f"columns of format {config.format} are missing",
-            got="columns " + ", ".join(columns), allowed=needed,
+            got="columns " + ", ".join(columns),
+            allowed=" | ".join(" + ".join(FORMATS[name].required) for name in candidates),
             fix="say which column holds what, for example --columns prompt=question completion=answer",
         )  # fmt: skip
-    roles = [*REQUIRED[matching[0]], *(role for role in OPTIONAL.get(matching[0], ()) if role in by_role)]
-    source = config.source_column or ("source" if "source" in columns else None)
-    return Layout(format=matching[0], columns={role: by_role[role] for role in roles}, id_column=config.id_column, source_column=source)
+    found = FORMATS[matching[0]]
+    return Layout(
+        format=matching[0],
+        loss=found.losses[0] if config.loss == "auto" else config.loss,
+        columns={role: by_role[role] for role in (*found.required, *found.optional) if role in by_role},
+        id_column=config.id_column,
+        source_column=config.source_column or ("source" if "source" in columns else None),
+    )
+
+
+def _candidates(config: ScoreConfig) -> list[str]:
+    """Formats that the settings leave possible."""
+    with_loss = [name for name, kind in FORMATS.items() if config.loss == "auto" or config.loss in kind.losses]
+    if config.format == "auto":
+        return with_loss
+    if config.format not in with_loss:
+        raise DataError(
+            f"rows of format {config.format} have no {config.loss} loss", got=f"--loss {config.loss}",
+            allowed=", ".join(FORMATS[config.format].losses), fix="leave --loss out",
+        )  # fmt: skip
+    return [config.format]

@@ -1,4 +1,4 @@
-"""Turn rows into samples of tokens, exactly as TRL's SFT trainer prepares the same rows.
+"""Turn rows into samples of tokens, exactly as TRL's trainers prepare the same rows.
 
 A prompt and its completion are tokenized together; the completion starts where the tokens of the prompt alone and of
 the whole diverge. Plain completions and texts get the end token; conversations get what their chat template writes.
@@ -7,35 +7,41 @@ the whole diverge. Plain completions and texts get the end token; conversations 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice, takewhile
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from selector.config import Truncation
+from selector.config import LossName, Truncation
+from selector.data.drafts import Draft, Encoded, Writer
+from selector.data.exchanges import Exchange, exchanges
 from selector.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENIZED_TOGETHER = 1000
+CHARACTERS_TOGETHER = 2_000_000
+"""Texts are tokenized together until they reach this size; tokens take about ten times the memory before they are packed."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class TokenSequence:
     """Tokens that the model reads in one go."""
 
     input_ids: Int32[np.ndarray, " T"]
     loss_mask: Bool[np.ndarray, " T"]
     """Which tokens are predicted in the loss; never the first, which nothing precedes."""
+    reference: float | None = None
+    """Log-probability of the predicted tokens under the reference model, nats; None for the model's own."""
+    advantage: float | None = None
+    """How much better than its group a rollout was; None where no policy-gradient loss is taken."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Sample:
     """One row of the data set: the unit that is scored and selected."""
 
@@ -46,7 +52,7 @@ class Sample:
     """Token sequences whose gradients add; none where the row could not be encoded."""
     truncated: bool = False
     status: str = "ok"
-    """`ok`, or why the sample cannot be scored."""
+    """`ok`, or why the sample has no spectra: `zero_gradient`, `no_loss_tokens`, `too_long`, or `error: …`."""
 
     @property
     def n_tokens(self) -> int:
@@ -61,17 +67,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Rows to token sequences, with one tokenizer and one truncation policy.
+    """Rows to token sequences, with one tokenizer, one truncation policy and one loss.
 
     Args:
         tokenizer: of the model that is going to be trained.
         max_length: longest sequence, tokens.
         truncation: what to do with longer ones.
+        loss: what the samples are made for, as `Layout.loss` names it.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     truncation: Truncation
+    loss: LossName = "response"
 
     def encode(self, rows: Iterable[Mapping[str, Any]], ids: Sequence[str], sources: Sequence[str | None]) -> Iterator[Sample]:
         """Encode row after row.
@@ -81,114 +89,102 @@ class Encoder:
             ids: sample id of each row.
             sources: source of each row.
 
-        Raises:
-            DataError: the tokenizer has no chat template and the rows are conversations.
+        Returns:
+            One sample per row, in order; a row that cannot be encoded has a status that says why.
         """
-        numbered = iter(enumerate(rows))
-        while chunk := list(islice(numbered, TOKENIZED_TOGETHER)):
-            texts = [_plain_text(row, self.tokenizer.eos_token or "") for _, row in chunk]
-            plain = [text for text in texts if text is not None]
-            prompts = iter(self._tokenize([prompt for prompt, _ in plain if prompt is not None]))
-            wholes = iter(self._tokenize([whole for _, whole in plain]))
-            for (row_number, row), text in zip(chunk, texts, strict=True):
-                try:
-                    if text is None:
-                        tokens, mask = self._conversation(row)
-                    else:
-                        tokens = next(wholes)
-                        start = 0 if text[0] is None else common_prefix_length(next(prompts), tokens)
-                        mask = [i >= start for i in range(len(tokens))]
-                except DataError as error:
-                    sample = Sample(ids[row_number], row_number, sources[row_number], (), status=f"error: {error.problem}")
-                else:
-                    sample = self._fit(ids[row_number], row_number, sources[row_number], tokens, mask)
-                yield sample
+        writer = Writer(self.tokenizer, end_empty=self.loss in ("dpo", "policy-gradient"))
+        waiting: list[_Row] = []
+        characters = 0
+        for number, row in enumerate(rows):
+            entry = _Row(ids[number], number, sources[number])
+            try:
+                entry.exchanges = exchanges(row, self.loss)
+                entry.drafts = [writer.draft(exchange, row) for exchange in entry.exchanges]
+            except DataError as error:
+                entry.problem = error.problem
+            waiting.append(entry)
+            characters += sum(len(text) for draft in entry.drafts if isinstance(draft, Draft) for text in draft.texts())
+            if characters >= CHARACTERS_TOGETHER:
+                yield from self._samples(waiting)
+                waiting, characters = [], 0
+        yield from self._samples(waiting)
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, verbose=False)["input_ids"] if texts else []  # pyright: ignore[reportReturnType]
-
-    def _conversation(self, row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation; loss on the completion, or on the assistant's turns."""
-        if "prompt" in row:
-            prompt, completion = _messages(row["prompt"], "prompt"), _messages(row["completion"], "completion")
-            whole = self._render([*prompt, *completion])
-            start = common_prefix_length(self._render(prompt, add_generation_prompt=True), whole)
-            return whole, [i >= start for i in range(len(whole))]
-        if "messages" not in row:
-            raise DataError("a row holds " + ", ".join(f"{role} = {type(value).__name__}" for role, value in row.items()) + ", not text")
-        messages = _messages(row["messages"], "messages")
-        whole = self._render(messages)
-        mask = [False] * len(whole)
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
+    def _samples(self, waiting: list[_Row]) -> Iterator[Sample]:
+        """Tokenize the texts of many rows at once, each different one once."""
+        drafts = [draft for entry in waiting if not entry.problem for draft in entry.drafts if isinstance(draft, Draft)]
+        tokens = {
+            template: self._tokenize(dict.fromkeys(text for draft in drafts if draft.template == template for text in draft.texts()), template)
+            for template in (False, True)
+        }
+        for entry in waiting:
+            if entry.problem:
+                yield Sample(entry.sample_id, entry.row, entry.source, (), status=f"error: {entry.problem}")
                 continue
-            before = self._render(messages[:turn], add_generation_prompt=True) if turn else []
-            until = self._render(messages[: turn + 1])
-            if whole[: len(until)] != until:
-                raise DataError("the chat template renders a conversation's beginning differently once it goes on")
-            start = common_prefix_length(before, whole)
-            mask[start : len(until)] = [True] * (len(until) - start)
-        return whole, mask
+            encoded = [draft.encode(tokens[draft.template]) if isinstance(draft, Draft) else draft for draft in entry.drafts]
+            yield self._sample(entry, encoded)
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> list[int]:
-        encoded = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-        )
-        return encoded["input_ids"]  # pyright: ignore[reportReturnType, reportArgumentType, reportCallIssue]
+    def _tokenize(self, texts: Iterable[str], template: bool) -> dict[str, Int32[np.ndarray, " _"]]:
+        texts = list(texts)
+        if not texts:
+            return {}
+        options = {"add_special_tokens": not template, "return_attention_mask": False, "verbose": False}
+        encoded = self.tokenizer(texts, **options)["input_ids"]
+        return {text: np.array(ids, dtype=np.int32) for text, ids in zip(texts, encoded, strict=True)}  # pyright: ignore[reportArgumentType]
 
-    def _fit(self, sample_id: str, row: int, source: str | None, tokens: list[int], mask: list[bool]) -> Sample:
-        """Apply the truncation policy and find samples that no loss can reach."""
-        excess = len(tokens) - self.max_length
-        status = "ok"
-        if excess > 0 and self.truncation == "truncate-prompt":
-            prompt_length = len(list(takewhile(lambda m: not m, mask)))
-            if prompt_length <= excess:
-                status = "too_long"
-            tokens, mask = tokens[excess:], mask[excess:]
-        elif excess > 0 and self.truncation == "truncate-completion":
-            tokens, mask = tokens[: self.max_length], mask[: self.max_length]
-        elif excess > 0:
-            status = "too_long"
-        loss_mask = np.array(mask, dtype=bool)
-        loss_mask[:1] = False
-        if status == "ok" and not loss_mask.any():
-            status = "no_loss_tokens"
-        sequence = TokenSequence(np.array(tokens, dtype=np.int32), loss_mask)
-        return Sample(sample_id, row, source, (sequence,), truncated=excess > 0 and self.truncation.startswith("truncate"), status=status)
+    def _sample(self, entry: _Row, encoded: list[Encoded]) -> Sample:
+        """Apply the truncation policy and find samples that have no gradient."""
+        if self.loss == "dpo":
+            # the sides share their prompt, which ends where the first of them departs from it
+            start = min(_first_loss_token(mask) for _, mask in encoded)
+            for _, mask in encoded:
+                mask[start:] = True
+        sequences, statuses = [], []
+        truncated = False
+        for exchange, (input_ids, mask) in zip(entry.exchanges, encoded, strict=True):
+            excess = len(input_ids) - self.max_length
+            if excess > 0:
+                cut, status = self._cut(mask, excess)
+                input_ids, mask = input_ids[cut], mask[cut]
+                truncated |= self.truncation.startswith("truncate")
+                statuses.append(status)
+                if exchange.reference is not None and status == "ok":
+                    statuses.append("error: a reference log-probability does not hold for a truncated sequence")
+            mask[:1] = False
+            sequences.append(TokenSequence(input_ids, mask, exchange.reference, exchange.advantage))
+        status = next((status for status in statuses if status != "ok"), None) or self._status_without_pass(sequences)
+        return Sample(entry.sample_id, entry.row, entry.source, tuple(sequences), truncated, status)
 
+    def _cut(self, mask: Bool[np.ndarray, " T"], excess: int) -> tuple[slice, str]:
+        """Which part of a sequence that is too long to keep, and what that makes of it."""
+        if self.truncation == "truncate-prompt":
+            return slice(excess, None), "ok" if _first_loss_token(mask) > excess else "too_long"
+        if self.truncation == "truncate-completion":
+            return slice(self.max_length), "ok"
+        return slice(None), "too_long"
 
-def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many leading tokens two sequences share."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
-def _plain_text(row: Mapping[str, Any], end: str) -> tuple[str | None, str] | None:
-    """Prompt (None without one) and whole text of a row that is no conversation; None where it is one, or is no text."""
-    if "text" in row:
-        parts = [None, row["text"]]
-    elif "instruction" in row:
-        instruction, extra = row["instruction"], row.get("input")
-        parts = [f"{instruction}\n{extra}\n" if extra else f"{instruction}\n", row["output"]] if isinstance(instruction, str) else []
-    else:
-        parts = [row.get("prompt"), row.get("completion")]
-    if len(parts) != 2 or not isinstance(parts[1], str) or not isinstance(parts[0], str | None):
-        return None
-    prompt, completion = parts
-    if not completion:  # an end token alone is nothing to learn from
-        return prompt, prompt or ""
-    return prompt, (prompt or "") + (completion if end and completion.endswith(end) else completion + end)
+    def _status_without_pass(self, sequences: list[TokenSequence]) -> str:
+        """Status of a sample whose gradient is known to be missing or zero before any pass of the model."""
+        with_loss = [sequence.loss_mask.any() for sequence in sequences]
+        if not (all(with_loss) if self.loss == "dpo" else any(with_loss)):
+            return "no_loss_tokens"
+        if self.loss == "policy-gradient" and not any(s.advantage for s, some in zip(sequences, with_loss, strict=True) if some):
+            return "zero_gradient"
+        if self.loss == "dpo" and np.array_equal(sequences[0].input_ids, sequences[1].input_ids):
+            return "zero_gradient"
+        return "ok"
 
 
-def _messages(value: Any, column: str) -> list[dict[str, Any]]:
-    """Messages with role and content, from either habit of writing them."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{column} is {type(value).__name__ if value != [] else 'empty'}, not text or messages")
-    names = {"human": "user", "gpt": "assistant"}
-    messages = []
-    for message in value:
-        if isinstance(message, Mapping) and "from" in message and "value" in message:
-            message = {"role": names.get(message["from"], message["from"]), "content": message["value"]}
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or message.get("content") is None:
-            raise DataError(f"{column} holds a message without role and content")
-        messages.append({key: item for key, item in message.items() if item is not None})
-    return messages
+@dataclass(eq=False, slots=True)
+class _Row:
+    """A row that waits for its texts to be tokenized."""
+
+    sample_id: str
+    row: int
+    source: str | None
+    exchanges: list[Exchange] = field(default_factory=list)
+    drafts: list[Draft | Encoded] = field(default_factory=list)
+    problem: str = ""
+
+
+def _first_loss_token(mask: Bool[np.ndarray, " T"]) -> int:
+    return int(mask.argmax()) if mask.any() else len(mask)

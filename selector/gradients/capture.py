@@ -6,20 +6,32 @@ backward pass; no gradient of a weight is ever computed, so that the pass costs 
 
 Modules that read one input (q, k and v; gate and up) are handed over together, as soon as the last of them has its Δ, so
 that whoever takes them can share the work on X and free all of it before the next layer arrives.
+
+Where activations are recomputed in the backward pass, keeping X from the forward pass would undo what that saves. There X is
+taken from the recomputation, shortly before or after Δ arrives, and at most the activations of one layer are held at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from selector.errors import ModelError
+from selector.gradients.checkpointing import decoder_layers, is_recomputed, recomputed
+from selector.gradients.experts import ExpertRows, Routing, by_pair, observed_experts
 from selector.gradients.targets import Target
+from selector.gradients.tokens import Segment, TokenMap
 from selector.types import LayerSpec
+
+NAMES_SHOWN = 3
+
 
 @dataclass(frozen=True, eq=False)
 class LayerFactors:
@@ -31,92 +43,214 @@ class LayerFactors:
     x: Float[Tensor, "N T I"]
     deltas: tuple[Float[Tensor, "N T _"], ...]
     specs: tuple[LayerSpec, ...]
+    experts: ExpertRows | None = None
+    """For routed experts, what the N rows are: pairs of a sample and an expert, in place of samples. A layer comes in several calls."""
 
 
 Consumer = Callable[[LayerFactors], None]
 """Takes the factors of the modules that read one input; must not keep them."""
 
 
-class _SharedInput:
-    """One input and the output gradients, so far, of the modules that read it."""
+class _Site:
+    """One place of a model where inputs and output gradients meet: a module, or one stack of a module of experts."""
 
-    def __init__(self, x: Float[Tensor, "S T I"]) -> None:
-        self.x = x
-        self.waiting: dict[str, LayerSpec] = {}
-        self.deltas: list[tuple[LayerSpec, Tensor]] = []
+    def __init__(self, targets: Sequence[Target], recomputing_ancestors: Sequence[nn.Module]) -> None:
+        self.targets = tuple(targets)
+        self.module, self.stack, self.factors = targets[0].module, targets[0].stack, targets[0].factors
+        self.name = targets[0].spec.name
+        self.ancestors = recomputing_ancestors
+
+
+class _Input:
+    """One input and the calls, so far, of the sites that read it; x is None once it was handed over."""
+
+    def __init__(self, x: Tensor, routing: Routing | None) -> None:
+        self.x: Tensor | None = x
+        self.routing = routing
+        self.calls: list[_Call] = []
+
+    def is_of(self, x: Tensor) -> bool:
+        return self.x is not None and self.x.data_ptr() == x.data_ptr() and self.x.shape == x.shape
+
+
+class _Call:
+    """What is known of one site in the current batch."""
+
+    def __init__(self, site: _Site) -> None:
+        self.site = site
+        self.input: _Input | None = None
+        self.delta: Tensor | None = None
 
 
 class GradientCapture:
     """Hooks on the target modules of one model, for the time of a `with` block. The model is left as it was.
 
+    Compiled models run uncompiled in the block, because a compiled graph leaves out hooks that came after it.
+
     Args:
         model: a causal language model.
-        targets: modules to measure, from `find_targets`.
+        targets: matrices to measure, from `find_targets`.
         consumer: called once for each group of modules that share an input, in the order of the backward pass.
+        checkpoint: recompute each decoder layer in the backward pass, so that the activations of one layer at a time are
+            held; dropout stays off. Models that recompute on their own account need not say so.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], consumer: Consumer) -> None:
-        self.model, self.targets, self.consumer = model, targets, consumer
-        self.sequences_per_sample = 1
-        self._groups: list[_SharedInput] = []
+    def __init__(
+        self, model: nn.Module, targets: Sequence[Target], consumer: Consumer, *, checkpoint: bool = False
+    ) -> None:
+        self.model, self.targets, self.consumer, self.checkpoint = model, targets, consumer, checkpoint
+        modules = dict(model.named_modules())
+        grouped: dict[tuple[int, str], list[Target]] = {}
+        for target in targets:
+            grouped.setdefault((id(target.module), target.stack.parameter if target.stack else ""), []).append(target)
+        self._sites = [_Site(group, _ancestors(modules, group[0].spec.name)) for group in grouped.values()]
+        self._tokens = TokenMap(1)
+        self._forget()
 
     def __enter__(self) -> GradientCapture:
-        self._handles = [target.module.register_forward_hook(self._forward_hook(target.spec)) for target in self.targets]
+        with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # stopping early would leave out the last modules of a layer, whose inputs are needed here though not by autograd
+            stack.enter_context(set_checkpoint_early_stop(False))
+            if self.checkpoint:
+                stack.enter_context(recomputed(decoder_layers(self.model, [target.spec for target in self.targets])))
+            observers: dict[nn.Module, dict[str, Callable[[Tensor, Tensor, Routing], None]]] = {}
+            for site in self._sites:
+                if site.stack is None:
+                    handle = site.module.register_forward_hook(partial(self._hook, site))
+                    stack.callback(handle.remove)
+                else:
+                    observers.setdefault(site.module, {})[site.stack.parameter] = partial(self._observe, site)
+            if observers:
+                stack.enter_context(observed_experts(observers))
+            stack.callback(self._forget)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._groups = []
+        self._stack.close()
 
-    def begin(self, sequences_per_sample: int = 1) -> None:
+    def begin(self, *, samples: int, segments: Sequence[Segment] = ()) -> None:
         """Start a batch.
 
         Args:
-            sequences_per_sample: how many consecutive sequences add up to one sample.
+            samples: number of samples.
+            segments: which tokens belong to which sample where sequences are joined without padding; when empty, each sample
+                has an equal number of consecutive sequences, whose gradients add.
         """
-        self.sequences_per_sample = sequences_per_sample
-        self._groups = []
+        self._forget()
+        self._tokens = TokenMap(samples, segments)
+        self._recomputed = {id(s) for s in self._sites if self.checkpoint or is_recomputed(s.ancestors)}
 
     def finish(self) -> None:
-        """End a batch: hand over the groups in which some module got no gradient."""
-        for group in self._groups:
+        """End a batch: hand over what is left where some module got no gradient.
+
+        Raises:
+            ModelError: a target's hooks did not run, so that its gradient is unknown.
+        """
+        silent = [site.name for site in self._sites if id(site) not in self._reached]
+        if silent:
+            raise ModelError(
+                "hooks did not run, so that these layers cannot be measured", got=_shown(silent), allowed="modules that the model calls",
+                fix="switch off fused kernels that bypass the modules, or leave these layers out by --layers or --projections",
+            )  # fmt: skip
+        missed = [call.site.name for call in self._calls.values() if call.delta is not None and call.input is None]
+        if missed:
+            raise ModelError(
+                "inputs were not recomputed in the backward pass", got=_shown(missed), allowed="activation checkpointing of torch or transformers",
+                fix="switch off the model's own activation checkpointing",
+            )  # fmt: skip
+        for group in self._inputs:
             self._hand_over(group)
-        self._groups = []
+        self._forget()
 
-    def _forward_hook(self, spec: LayerSpec) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:
-                return
-            x = inputs[0].detach()
-            group = self._groups[-1] if self._groups else None
-            if group is None or group.x.data_ptr() != x.data_ptr() or group.x.shape != x.shape:
-                group = _SharedInput(x)
-                self._groups.append(group)
-            group.waiting[spec.key] = spec
-            output.register_hook(lambda delta: self._receive(group, spec, delta))
+    def _forget(self) -> None:
+        self._inputs: list[_Input] = []
+        self._calls: dict[int, _Call] = {}
+        self._reached: set[int] = set()
+        self._recomputed: set[int] = set()
 
-        return hook
+    def _hook(self, site: _Site, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._observe(site, inputs[0], output)
 
-    def _receive(self, group: _SharedInput, spec: LayerSpec, delta: Float[Tensor, "S T O"]) -> None:
-        group.deltas.append((group.waiting.pop(spec.key), delta.detach()))
-        if not group.waiting:
-            self._hand_over(group)
+    def _observe(self, site: _Site, x: Tensor, output: Tensor, routing: Routing | None = None) -> None:
+        """Note that a site was computed, in the forward pass or again in the backward pass."""
+        self._reached.add(id(site))
+        in_backward = torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint asks as well
+        call = self._calls.get(id(site))
+        if call is not None and in_backward:
+            if call.input is None:
+                self._take_input(call, x, routing)
+            return
+        if not output.requires_grad:
+            return  # the first of two passes with reentrant checkpointing, or nothing below needs a gradient
+        if call is not None:
+            raise ModelError("a layer is used twice in one pass", got=site.name, allowed="layers with weights of their own", fix="leave it out by --layers or --projections")
+        self._calls[id(site)] = call = _Call(site)
+        if in_backward or id(site) not in self._recomputed:
+            self._take_input(call, x, routing)
+        output.register_hook(partial(self._receive, call))
 
-    def _hand_over(self, group: _SharedInput) -> None:
-        if group.deltas:
-            specs, deltas = zip(*group.deltas, strict=True)
-            x, *deltas = (self._by_sample(tensor) for tensor in (group.x, *deltas))
-            with torch.no_grad():
-                self.consumer(LayerFactors(x=x, deltas=tuple(deltas), specs=specs))
-        group.deltas = []
-        group.x = group.x.new_empty(0)
+    def _take_input(self, call: _Call, x: Tensor, routing: Routing | None) -> None:
+        if not (self._inputs and routing is None and self._inputs[-1].is_of(x)):
+            self._inputs.append(_Input(x.detach(), routing))
+        call.input = self._inputs[-1]
+        call.input.calls.append(call)
+        if call.delta is not None:
+            self._hand_over(call.input)
 
-    def _by_sample(self, tensor: Float[Tensor, "S T C"]) -> Float[Tensor, "N sT C"]:
-        """Join the sequences of each sample along the tokens: their gradients add."""
-        sequences, tokens, width = tensor.shape
-        per_sample = self.sequences_per_sample
-        return tensor.reshape(sequences // per_sample, per_sample * tokens, width)
+    def _receive(self, call: _Call, delta: Tensor) -> None:
+        call.delta = delta.detach()
+        if call.input is not None and all(other.delta is not None for other in call.input.calls):
+            self._hand_over(call.input)
+
+    @torch.no_grad()
+    def _hand_over(self, group: _Input) -> None:
+        """Give the consumer what has arrived for one input, and let go of it."""
+        calls = [call for call in group.calls if call.delta is not None]
+        x, group.x, group.calls = group.x, None, []
+        if x is None or not calls:
+            return
+        if group.routing is not None:
+            self._hand_over_experts(calls[0], x, group.routing)
+            return
+        rows = self._tokens.split(x)
+        shared: list[tuple[LayerSpec, Tensor]] = []
+        for call in calls:
+            delta, call.delta = self._tokens.split(call.delta), None  # pyright: ignore[reportArgumentType]
+            if call.site.factors is None:
+                shared += _parts(call.site, delta)
+            else:
+                inputs, outputs = call.site.factors(rows, delta)
+                self._consume(inputs, _parts(call.site, outputs))
+        if shared:
+            self._consume(rows, shared)
+
+    @torch.no_grad()
+    def _hand_over_experts(self, call: _Call, x: Tensor, routing: Routing) -> None:
+        assert call.delta is not None
+        delta, call.delta = call.delta, None
+        for inputs, outputs, pairs in by_pair(x, delta, routing, self._tokens.owners(routing.tokens, x.device)):
+            self._consume(inputs, _parts(call.site, outputs), pairs)
+
+    def _consume(self, x: Tensor, parts: list[tuple[LayerSpec, Tensor]], experts: ExpertRows | None = None) -> None:
+        specs, deltas = zip(*parts, strict=True)
+        self.consumer(LayerFactors(x=x, deltas=deltas, specs=specs, experts=experts))
+
+
+def _parts(site: _Site, delta: Tensor) -> list[tuple[LayerSpec, Tensor]]:
+    return [(target.spec, delta if target.columns is None else target.columns.of(delta)) for target in site.targets]
+
+
+def _ancestors(modules: dict[str, nn.Module], name: str) -> list[nn.Module]:
+    """The modules that hold a module, nearest first."""
+    parts = name.split(".")
+    return [modules[".".join(parts[:i])] for i in range(len(parts) - 1, -1, -1)]
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 @contextmanager

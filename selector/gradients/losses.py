@@ -1,38 +1,168 @@
-"""Loss of each sample, as a function of the model's logits.
+"""Loss of each sample, as a function of the log-probabilities that the model gives its sequences.
 
-A sample's loss is a mean over its own tokens and a batch's loss the sum over its samples. Then a sample's gradient is
-what it gives alone: a mean over the batch would scale it by the other samples' number, and a mean over the batch's
-tokens by their lengths.
+A batch's loss is the sum over its samples, and a sample's loss is divided by nothing but its own tokens and sequences. Then
+a sample's gradient is what it gives alone: a mean over the batch would scale it by the other samples' number, and a mean
+over the batch's tokens by their lengths. All losses here need no more of a sequence than four numbers, so that each is a
+line of arithmetic over samples and sequences (N x s).
+
+Rollouts are taken as drawn from the model that is scored: the importance ratio is 1 and nothing is clipped, as in the
+first step after a generation. Its gradient is the advantage times that of the log-probability; no KL term is added.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from selector.batching import Batch
+from selector.config import Normalizer
+from selector.registry import Registry
 
 
-def response_loss(logits: Float[Tensor, "S T V"], batch: Batch) -> Float[Tensor, " N"]:
-    """Mean cross-entropy of each sample's response tokens, nats per token.
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """What a loss is made of; the s sequences of each of N samples."""
+
+    log_probs: Float[Tensor, "N s"]
+    """Log-probability of the loss tokens, nats."""
+    n_tokens: Int[Tensor, "N s"]
+    """How many they are."""
+    reference: Float[Tensor, "N s"]
+    """Their log-probability under the reference model, nats; NaN where the model is its own reference."""
+    advantage: Float[Tensor, "N s"]
+    """How much better than its group a rollout was; NaN where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Which loss, and its constants."""
+
+    name: str = "response"
+    """One of `losses`."""
+    beta: float = 0.1
+    """Of the DPO loss."""
+    normalizer: Normalizer = "dapo"
+    """Of the policy-gradient loss."""
+    max_length: int = 4096
+    """Longest sequence, tokens: the constant of the `dr_grpo` normalizer."""
+
+
+RESPONSE = LossSettings()
+"""The loss of instruction tuning."""
+
+Loss = Callable[[Sequences, LossSettings], Float[Tensor, " N"]]
+"""Loss of each sample; 0 with a zero gradient for a sample without loss tokens."""
+
+losses: Registry[Loss] = Registry("loss")
+
+
+@losses.register("response")
+@losses.register("chosen")
+@losses.register("rejected")
+def response(sequences: Sequences, settings: LossSettings) -> Float[Tensor, " N"]:
+    """Mean cross-entropy of each sample's loss tokens, nats per token.
+
+    Source: the instruction-tuning loss of arXiv 2504.10766, section 3.
+    """
+    return -sequences.log_probs.sum(1) / sequences.n_tokens.sum(1).clamp(min=1)
+
+
+@losses.register("dpo")
+def dpo(sequences: Sequences, settings: LossSettings) -> Float[Tensor, " N"]:
+    """Direct preference optimization of pairs, the chosen sequence first.
+
+    A model that is its own reference stands at the start of training: the loss is log 2, its gradient half of beta times
+    that of the difference of the log-probabilities.
+
+    Source: arXiv 2305.18290, equation 7.
+    """
+    log_probs = sequences.log_probs
+    log_ratios = log_probs - torch.where(sequences.reference.isnan(), log_probs.detach(), sequences.reference)
+    return -F.logsigmoid(settings.beta * (log_ratios[:, 0] - log_ratios[:, 1]))
+
+
+@losses.register("policy-gradient")
+def policy_gradient(sequences: Sequences, settings: LossSettings) -> Float[Tensor, " N"]:
+    """Advantage-weighted likelihood of the rollouts of each group.
+
+    The value is that of the surrogate with ratio 1, minus the mean advantage: it says nothing, its gradient does. With
+    lengths n, advantages A and log-probabilities l of s rollouts, the gradient is that of
+
+        dapo     −Σ A l / Σ n
+        grpo     −Σ (A l / n) / s
+        dr_grpo  −Σ A l / (s · max_length)
+
+    Source: arXiv 2402.03300, equation 3; arXiv 2503.14476, equation 8; arXiv 2503.20783, section 3.2.
+    """
+    n_tokens = sequences.n_tokens
+    # a ratio of 1 per token, with the gradient of the log-probability
+    ratios = n_tokens + (sequences.log_probs - sequences.log_probs.detach())
+    gains = sequences.advantage * ratios
+    rollouts = n_tokens.shape[1]
+    if settings.normalizer == "grpo":
+        return -(gains / n_tokens.clamp(min=1)).sum(1) / rollouts
+    if settings.normalizer == "dr_grpo":
+        return -gains.sum(1) / (rollouts * settings.max_length)
+    return -gains.sum(1) / n_tokens.sum(1).clamp(min=1)
+
+
+def sequence_log_probs(logits: Float[Tensor, "S T V"], batch: Batch) -> Float[Tensor, " S"]:
+    """Log-probability of the loss tokens of each sequence, nats, in float32 or better.
 
     Args:
         logits: next-token scores; position t predicts token t + 1.
         batch: the samples that gave them; every token of the loss mask is predicted.
-
-    Returns:
-        float32 loss of each sample; 0 with a zero gradient for a sample without loss tokens.
-
-    Source: the instruction-tuning loss of arXiv 2504.10766, section 3.
     """
     predicted = batch.loss_mask[:, 1:]
-    targets = batch.input_ids[:, 1:]
     # logits of prompt and padding tokens are left out before the float32 copy, which is the largest tensor of the pass
-    token_losses = F.cross_entropy(logits[:, :-1][predicted].float(), targets[predicted], reduction="none")
-    sample_of_token = torch.arange(len(batch.samples), device=logits.device).repeat_interleave(batch.sequences_per_sample)
-    sample_of_token = sample_of_token[:, None].expand_as(predicted)[predicted]
-    totals = torch.zeros(len(batch.samples), device=logits.device).index_add(0, sample_of_token, token_losses)
-    counts = predicted.reshape(len(batch.samples), -1).sum(1)
-    return totals / counts.clamp(min=1)
+    scores = logits[:, :-1][predicted]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    log_probs = -F.cross_entropy(scores, batch.input_ids[:, 1:][predicted], reduction="none")
+    sequence = predicted.nonzero()[:, 0]
+    return log_probs.new_zeros(len(predicted)).index_add(0, sequence, log_probs)
+
+
+def sample_losses(logits: Float[Tensor, "S T V"], batch: Batch, settings: LossSettings = RESPONSE) -> Float[Tensor, " N"]:
+    """Loss of each sample of a batch.
+
+    Args:
+        logits: next-token scores; position t predicts token t + 1.
+        batch: the samples that gave them.
+        settings: which loss.
+
+    Returns:
+        In float32 or better; the gradient of the sum is, for each sample, what the sample gives alone.
+    """
+    columns = (sequence_log_probs(logits, batch), batch.loss_mask[:, 1:].sum(1), batch.reference, batch.advantage)
+    sequences = Sequences(*(column.reshape(len(batch.samples), -1) for column in columns))
+    return losses[settings.name](sequences, settings)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off for the time of the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def reference_log_probs(model: nn.Module, batch: Batch) -> Float[Tensor, " S"]:
+    """Log-probability of the loss tokens of each sequence under a reference model, nats.
+
+    Args:
+        model: a causal language model, left as it is.
+        batch: any samples.
+    """
+    with torch.no_grad(), _evaluating(model):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        return sequence_log_probs(logits, batch)

@@ -7,12 +7,12 @@ answer does not depend on the engine's rounding, on the batch it was asked in, o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from selector.neighbours import NeighbourLists
+Metric = Literal["cosine", "l2"]
 
 BLOCK_BYTES = 64 << 20
 """Size of the temporary arrays in which candidates are ranked."""
@@ -28,6 +28,7 @@ class Candidates:
     """How many of a row are valid."""
 
 
+@runtime_checkable
 class Backend(Protocol):
     """A search engine over the leading d dimensions of a pool, by Euclidean distance."""
 
@@ -98,7 +99,7 @@ def rank(
     )
 
 
-def similarity(squares: Float32[np.ndarray, " E"], metric: str) -> Float32[np.ndarray, " E"]:
+def similarity(squares: Float32[np.ndarray, " E"], metric: Metric) -> Float32[np.ndarray, " E"]:
     """Similarity from squared distances: the cosine for vectors of length 1, or minus the distance.
 
     Args:
@@ -108,7 +109,7 @@ def similarity(squares: Float32[np.ndarray, " E"], metric: str) -> Float32[np.nd
     return 1 - squares / 2 if metric == "cosine" else -np.sqrt(squares)
 
 
-def radius(threshold: float, metric: str) -> float:
+def radius(threshold: float, metric: Metric) -> float:
     """The Euclidean distance at which two members have a given similarity.
 
     Args:
@@ -116,8 +117,3 @@ def radius(threshold: float, metric: str) -> float:
         metric: `"cosine"` or `"l2"`.
     """
     return float(np.sqrt(2 * (1 - threshold))) if metric == "cosine" else -threshold
-
-
-def lists(ranked: tuple[np.ndarray, np.ndarray, np.ndarray], metric: str) -> NeighbourLists:
-    """Neighbour lists from what `rank` returns."""
-    return NeighbourLists(ranked[0], ranked[1], similarity(ranked[2], metric))

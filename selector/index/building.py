@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 from jaxtyping import Float, Float32
 
 from selector.errors import GradientIndexError
-from selector.index.backend import Backend
+from selector.index.backend import Backend, Metric
 from selector.index.faiss_backend import FaissFlat, FaissIVF, installed
 from selector.index.rotation import Rotation
 from selector.index.torch_backend import TorchFlat
-from selector.index.tuning import ENERGY, SHORTLIST_FROM, Kind, Metric, Plan, RecallMeter, choose_kind, tune_lists
+from selector.index.tuning import ENERGY, SHORTLIST_FROM, Kind, Plan, RecallMeter, choose_kind, tune_lists
 from selector.index.vectors import check_vectors
 
 Library = Literal["faiss", "torch"]
@@ -149,7 +149,7 @@ def plan_engine(
         kind: what was asked for.
         library: `"faiss"` or `"torch"`.
         device: `"cpu"` or `"cuda"`.
-        recall: the share of true neighbors to find; half as many misses are aimed at, as the measure is a sample.
+        recall: the share of true neighbours to find; half as many misses are aimed at, as the measure is a sample.
         seed: of every random choice.
     """
     count, goal = len(vectors), (1 + recall) / 2

@@ -23,7 +23,7 @@ class Filter:
 
     sources: Sequence[str] | None = None
     """Data sets or mixture components to keep; all when None."""
-    ranges: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float | int | None, float | int | None]] = field(default_factory=dict)
     """Lowest and highest value of metadata columns, both included; None leaves a side open."""
 
     def mask(self, members: pa.Table) -> Bool[np.ndarray, " N"]:

@@ -20,48 +20,46 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float, Float32, Int, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 
 from selector.errors import GradientIndexError
 from selector.index import storage
-from selector.index.backend import Backend, Candidates, lists, rank
-from selector.index.building import choose_library, fit_rotation, flat, members_table, open_engine, plan_engine, rotate
+from selector.index.backend import Metric
+from selector.index.building import choose_library, fit_rotation, members_table, open_engine, plan_engine, rotate
 from selector.index.faiss_backend import FaissIVF
 from selector.index.filters import Filter
+from selector.index.pool import VectorPool
 from selector.index.result import SearchResult
 from selector.index.rotation import Rotation
-from selector.index.tuning import ENERGY, Kind, Metric, Plan
+from selector.index.tuning import ENERGY, Kind, Plan
 from selector.index.vectors import Method, Standardization, read_features
 from selector.neighbours import NeighbourLists
 from selector.store.reader import FeatureStore
 from selector.types import MEASURES, Scores
 
-FEW = 20_000
-"""Members that a filter may leave for them to be searched one by one."""
 
-
-class GradientIndex:
+class GradientIndex(VectorPool):
     """Vectors of samples, searchable by id, by vector and by metadata. Make one with `build`, `from_vectors` or `open`.
 
-    It answers what policies ask (`selector.neighbours.Neighbours`): neighbors, a neighbor graph, and near-duplicates.
+    It answers what policies ask (`selector.neighbours.Neighbours`): neighbours, a neighbour graph, and near-duplicates.
+
+    Args:
+        members: ids and metadata, positions as rows.
+        standardization: how features became vectors, where the vectors are spectral features.
+        store: fingerprint of the feature store, where there is one.
+        pool: the arguments of `VectorPool`.
     """
 
     def __init__(
         self,
         *,
         members: pa.Table,
-        vectors: Float32[np.ndarray, "N R"],
-        rotation: Rotation,
-        plan: Plan,
-        engine: Backend,
-        backend: str,
-        device: str,
         standardization: Standardization | None = None,
         store: str | None = None,
+        **pool: Any,
     ) -> None:
-        self._members, self._vectors, self._rotation, self.plan = members, vectors, rotation, plan
-        self._engine, self._backend, self._device = engine, backend, device
-        self.standardization, self.store = standardization, store
+        super().__init__(**pool)
+        self._members, self.standardization, self.store = members, standardization, store
 
     @classmethod
     def build(
@@ -138,7 +136,7 @@ class GradientIndex:
             whole, rotation, metric=metric, kind=kind, library=library, device=device, recall=recall, seed=seed
         )
         return cls(
-            members=members, vectors=whole, rotation=rotation, plan=plan, engine=engine, backend=library, device=device
+            members=members, vectors=whole, rotation=rotation, plan=plan, engine=engine, library=library, device=device
         )
 
     @classmethod
@@ -174,7 +172,7 @@ class GradientIndex:
                 features["missing"],
             )
         return cls(
-            members=pq.read_table(files["members"]), vectors=vectors, rotation=rotation, plan=plan, backend=library, device=device,
+            members=pq.read_table(files["members"]), vectors=vectors, rotation=rotation, plan=plan, library=library, device=device,
             engine=open_engine(plan, files, vectors, library, device), standardization=standardization, store=manifest["store"],
         )  # fmt: skip
 
@@ -223,9 +221,6 @@ class GradientIndex:
         """
         storage.read(Path(path), whole=True)
 
-    def __len__(self) -> int:
-        return len(self._members)
-
     @cached_property
     def ids(self) -> np.ndarray:
         """Sample ids [N], positions as rows."""
@@ -246,7 +241,7 @@ class GradientIndex:
             parts.append(f"{plan.n_probe} of {self._engine.lists} lists probed")
         if plan.recall < 1 or plan.expansion > 1:
             short = "" if plan.recall >= plan.goal else f", short of the {plan.goal:g} asked for"
-            parts.append(f"{plan.expansion} candidates per neighbor ranked, recall@10 {plan.recall:.4f}{short}")
+            parts.append(f"{plan.expansion} candidates per neighbour ranked, recall@10 {plan.recall:.4f}{short}")
         if self.standardization is not None and self.standardization.missing:
             parts.append(f"{self.standardization.missing:,} missing features set to the center")
         return "; ".join([*parts, self._engine.name])
@@ -258,7 +253,7 @@ class GradientIndex:
 
         Args:
             vectors: [Q, D] in the space that was indexed; for spectral features, `index.standardization.apply(features)`.
-            k: most neighbors per query; all that pass the filter where there are fewer.
+            k: most neighbours per query; all that pass the filter where there are fewer.
             where: which members may be returned.
             opposing: search with the negated vectors: members whose gradients pull the other way.
 
@@ -268,7 +263,7 @@ class GradientIndex:
         Raises:
             GradientIndexError: vectors of another space, or a filter on a column that is not there.
         """
-        return self._named(self._nearest(self._rotated(vectors), k, where=where, opposing=opposing))
+        return self._named(self._nearest(_turned(self._rotated(vectors), opposing), k, allowed=self._allowed(where)))
 
     def search_ids(
         self, ids: Sequence[str], k: int = 10, *, where: Filter | None = None, opposing: bool = False
@@ -277,7 +272,7 @@ class GradientIndex:
 
         Args:
             ids: [Q] sample ids, each in the index.
-            k: most neighbors per query; a member is not its own neighbor.
+            k: most neighbours per query; a member is not its own neighbour.
             where: which members may be returned.
             opposing: search with the negated vectors.
 
@@ -285,9 +280,48 @@ class GradientIndex:
             GradientIndexError: an id is not in the index.
         """
         positions = self.positions(ids)
-        return self._named(
-            self._nearest(self._vectors[positions], k, where=where, opposing=opposing, excluded=positions)
-        )
+        queries = _turned(self._vectors[positions], opposing)
+        return self._named(self._nearest(queries, k, allowed=self._allowed(where), excluded=positions))
+
+    def search_within(
+        self,
+        vectors: Float[np.ndarray, "Q D"],
+        threshold: float,
+        *,
+        where: Filter | None = None,
+        opposing: bool = False,
+    ) -> SearchResult:
+        """Every member that is at least so similar to each vector; exact, by a scan of the whole pool.
+
+        Args:
+            vectors: [Q, D] in the space that was indexed.
+            threshold: lowest similarity: a cosine, or minus a Euclidean distance.
+            where: which members may be returned.
+            opposing: search with the negated vectors.
+
+        Raises:
+            GradientIndexError: the threshold is out of range, or vectors are of another space.
+        """
+        queries = _turned(self._rotated(vectors), opposing)
+        return self._named(self._within(queries, threshold, allowed=self._allowed(where)))
+
+    def search_ids_within(
+        self, ids: Sequence[str], threshold: float, *, where: Filter | None = None, opposing: bool = False
+    ) -> SearchResult:
+        """Every other member that is at least so similar to each member; exact, by a scan of the whole pool.
+
+        Args:
+            ids: [Q] sample ids, each in the index.
+            threshold: lowest similarity: a cosine, or minus a Euclidean distance.
+            where: which members may be returned.
+            opposing: search with the negated vectors.
+
+        Raises:
+            GradientIndexError: the threshold is out of range, or an id is not in the index.
+        """
+        positions = self.positions(ids)
+        queries = _turned(self._vectors[positions], opposing)
+        return self._named(self._within(queries, threshold, allowed=self._allowed(where), excluded=positions))
 
     def positions(self, ids: Sequence[str]) -> Int64[np.ndarray, " Q"]:
         """Positions of sample ids.
@@ -309,6 +343,17 @@ class GradientIndex:
                 fix="add them, or check for samples without a score",
             )
         return rows[found.to_numpy()]
+
+    def metadata(self, ids: Sequence[str] | np.ndarray) -> pa.Table:
+        """Metadata columns of some members, one row each.
+
+        Args:
+            ids: [Q] sample ids.
+
+        Raises:
+            GradientIndexError: an id is not in the index.
+        """
+        return self._members.take(self.positions(list(ids))).drop_columns("sample_id")
 
     def add(
         self,
@@ -345,16 +390,8 @@ class GradientIndex:
                 "the metadata has other types", got=error, allowed=str(self._members.schema)
             ) from error
         self._members = pa.concat_tables([self._members, added])
-        self._vectors = np.concatenate([self._vectors, rows])
-        if isinstance(self._engine, FaissIVF):
-            self._engine.extend(np.ascontiguousarray(rows[:, : self.plan.leading]))
-        else:
-            leading = (
-                self._vectors if self.plan.leading == self._vectors.shape[1] else self._vectors[:, : self.plan.leading]
-            )
-            self._engine = flat(np.ascontiguousarray(leading), self._backend, self._device)
-        for derived in ("ids", "_exact"):
-            self.__dict__.pop(derived, None)
+        self._append(rows)
+        self.__dict__.pop("ids", None)
 
     def add_store(self, store: FeatureStore, scores: Scores | None = None) -> None:
         """Append the scored samples of another store, standardized as the first one was.
@@ -376,72 +413,15 @@ class GradientIndex:
         ids, features, metadata = read_features(store, fit.measures)
         self.add(ids, fit.apply(features), {**metadata, **_score_column(ids, scores)})
 
-    def neighbours(self, positions: Int[np.ndarray, " Q"], k: int) -> NeighbourLists:
-        """The up to k nearest others of some members; a member is never its own neighbor.
-
-        Args:
-            positions: [Q] int64, members of the pool.
-            k: most neighbors per query.
-        """
-        return self._nearest(self._vectors[positions], k, excluded=np.asarray(positions))
-
-    def neighbours_of(self, vectors: Float[np.ndarray, "Q D"], k: int) -> NeighbourLists:
-        """The up to k nearest members of some vectors.
-
-        Args:
-            vectors: [Q, D] in the space that was indexed.
-            k: most neighbors per query.
-        """
-        return self._nearest(self._rotated(vectors), k)
-
-    def graph(self, k: int) -> NeighbourLists:
-        """The up to k nearest others of every member: a sparse graph with N rows.
-
-        Args:
-            k: most neighbors per member.
-        """
-        return self.neighbours(np.arange(len(self)), k)
-
-    @cached_property
-    def _exact(self) -> Backend:
-        return flat(self._vectors, self._backend, self._device)
-
-    def _rotated(self, vectors: Float[np.ndarray, "Q D"]) -> Float32[np.ndarray, "Q R"]:
-        return rotate(np.asarray(vectors), None, self._rotation, self.plan.metric)
+    def _allowed(self, where: Filter | None) -> Bool[np.ndarray, " N"] | None:
+        return None if where is None else where.mask(self._members)
 
     def _named(self, found: NeighbourLists) -> SearchResult:
         return SearchResult(found, self._members["sample_id"].take(found.positions).to_numpy())
 
-    def _nearest(
-        self,
-        queries: Float32[np.ndarray, "Q R"],
-        k: int,
-        *,
-        where: Filter | None = None,
-        opposing: bool = False,
-        excluded: Int64[np.ndarray, " Q"] | None = None,
-    ) -> NeighbourLists:
-        if k < 1:
-            raise GradientIndexError("k is out of range", got=k, allowed="1 or more")
-        allowed = None if where is None else where.mask(self._members)
-        queries = np.ascontiguousarray(-queries if opposing else queries)
-        return lists(rank(queries, self._vectors, self._candidates(queries, k, allowed), k, excluded), self.plan.metric)
 
-    def _candidates(
-        self, queries: Float32[np.ndarray, "Q R"], k: int, allowed: Bool[np.ndarray, " N"] | None
-    ) -> Candidates:
-        """What the engine proposes; exact search takes over where a filter leaves few members, or lists ran out of them."""
-        available = len(self) if allowed is None else int(allowed.sum())
-        width = self.plan.width(k)
-        if available <= max(FEW, width) and allowed is not None:
-            return self._exact.candidates(queries, width, allowed)
-        found = self._engine.candidates(np.ascontiguousarray(queries[:, : self.plan.leading]), width, allowed)
-        short = np.flatnonzero(found.counts < min(k + 1, available))
-        if len(short):
-            whole = self._exact.candidates(queries[short], width, allowed)
-            found.positions[short, : whole.positions.shape[1]] = whole.positions
-            found.counts[short] = whole.counts
-        return found
+def _turned(queries: Float32[np.ndarray, "Q R"], opposing: bool) -> Float32[np.ndarray, "Q R"]:
+    return -queries if opposing else queries
 
 
 def _score_column(ids: np.ndarray, scores: Scores | None) -> dict[str, pa.Array]:

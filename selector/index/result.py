@@ -1,4 +1,4 @@
-"""What a search returns: for each query its neighbors' ids and similarities, the nearest first."""
+"""What a search returns: for each query its neighbours' ids and similarities, the nearest first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from selector.neighbours import NeighbourLists
 
 @dataclass(frozen=True, eq=False)
 class SearchResult:
-    """Neighbors of Q queries; a query with fewer than were asked for has a shorter list, never a filler.
+    """Neighbours of Q queries; a query with fewer than were asked for has a shorter list, never a filler.
 
     Example:
         `for ids, similarities in index.search(vectors, k=5): ...`

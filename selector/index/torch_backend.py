@@ -37,7 +37,6 @@ class TorchFlat:
     def __len__(self) -> int:
         return len(self._vectors)
 
-    @torch.no_grad()
     def candidates(
         self, queries: Float32[np.ndarray, "Q d"], k: int, allowed: Bool[np.ndarray, " N"] | None = None
     ) -> Candidates:

@@ -15,10 +15,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from selector.errors import GradientIndexError
-from selector.index.backend import Backend, Candidates, rank
+from selector.index.backend import Backend, Candidates, Metric, rank
 from selector.index.faiss_backend import FaissIVF
 
-Metric = Literal["cosine", "l2"]
 Kind = Literal["flat", "ivf", "ivf-sq8", "ivf-pq"]
 
 FLAT_LIMIT = 50_000
@@ -37,13 +36,13 @@ ENERGY = 0.8
 """Least share of the mean squared distance that a quarter of the dimensions has to hold to serve as a shortlist."""
 
 NEAREST = 10
-"""Neighbors whose recall is measured."""
+"""Neighbours whose recall is measured."""
 
 QUERIES = 400
 """Members of the pool that recall is measured on."""
 
 EXPANSIONS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-"""Candidates per neighbor that are tried."""
+"""Candidates per neighbour that are tried."""
 
 PROBES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of probed lists that are tried, up to a quarter of all lists."""
@@ -65,16 +64,16 @@ class Plan:
     energy: float
     """Share of the mean squared distance that a quarter of the dimensions holds."""
     expansion: int = 1
-    """Candidates per neighbor."""
+    """Candidates per neighbour."""
     n_probe: int = 0
     """Inverted lists that are read per query; 0 without lists."""
     recall: float = 1.0
-    """Measured share of the true `NEAREST` neighbors that are found."""
+    """Measured share of the true `NEAREST` neighbours that are found."""
     goal: float = 0.99
     """The recall that was asked for."""
 
     def width(self, k: int) -> int:
-        """Candidates for k neighbors."""
+        """Candidates for k neighbours."""
         return self.expansion * max(k, NEAREST) + SPARE
 
 
@@ -128,7 +127,7 @@ class RecallMeter:
 
     @cached_property
     def _truth(self) -> tuple[int, Float32[np.ndarray, " Q"]]:
-        """How many true neighbors there are, and the squared distance of each member's farthest."""
+        """How many true neighbours there are, and the squared distance of each member's farthest."""
         found = self._exact.candidates(self._queries, NEAREST + SPARE)
         indptr, _, squares = rank(self._queries, self._vectors, found, NEAREST, excluded=self._members)
         return len(squares), squares[indptr[1:] - 1]
@@ -139,12 +138,12 @@ class RecallMeter:
         Args:
             engine: the engine to measure.
             leading: dimensions that it searches.
-            expansion: candidates per neighbor.
+            expansion: candidates per neighbour.
         """
         return engine.candidates(np.ascontiguousarray(self._queries[:, :leading]), expansion * NEAREST + SPARE)
 
     def recall(self, found: Candidates) -> float:
-        """Share of true neighbors among candidates; a member as near as the farthest true one counts, so ties cost nothing.
+        """Share of true neighbours among candidates; a member as near as the farthest true one counts, so ties cost nothing.
 
         Args:
             found: what an engine proposes.
@@ -154,7 +153,7 @@ class RecallMeter:
         return float((squares <= np.repeat(edges, np.diff(indptr))).sum() / total)
 
     def fewest(self, engine: Backend, leading: int, goal: float) -> tuple[int, float]:
-        """Fewest candidates per neighbor that reach a recall, or the most that are tried, and what they reach.
+        """Fewest candidates per neighbour that reach a recall, or the most that are tried, and what they reach.
 
         Args:
             engine: the engine to measure.
@@ -180,7 +179,7 @@ def tune_lists(engine: FaissIVF, meter: RecallMeter, leading: int, goal: float) 
         goal: recall to reach.
 
     Returns:
-        Candidates per neighbor, probed lists, and the recall that they reach.
+        Candidates per neighbour, probed lists, and the recall that they reach.
     """
     probes = tuple(n for n in PROBES if n <= max(1, engine.lists // 4))
     engine.n_probe = probes[-1]

@@ -113,9 +113,9 @@ def read_features(
         measures: which measures to read.
 
     Returns:
-        Ids [N], features [N, F] by measure, and metadata columns [N] by name (source, n_tokens, n_loss_tokens, loss).
+        Ids [N], features [N, F] by measure, and metadata columns [N] by name (row, source, n_tokens, n_loss_tokens, loss).
     """
-    columns = ["source", "n_tokens", "n_loss_tokens", "loss"]
+    columns = ["row", "source", "n_tokens", "n_loss_tokens", "loss"]
     table = store.to_arrow(["sample_id", "status", *columns])
     scored = pc.equal(table["status"], "ok").to_numpy()
     features = {name: store.features(name)[scored] for name in measures}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from selector.errors import ConfigError, SelectionError, did_you_mean
 from selector.neighbours import Neighbours
 from selector.policies.budget import Budget
+from selector.policies.members import MemberNeighbours
 from selector.registry import Registry
 from selector.types import Picks, Scores
 
@@ -57,6 +58,22 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def subset(self, members: Int[np.ndarray, " M"]) -> Pool:
+        """Part of the pool.
+
+        Args:
+            members: ascending positions.
+        """
+        return Pool(
+            ids=self.ids[members],
+            values=self.values[members],
+            n_tokens=self.n_tokens[members],
+            source=self.source[members],
+            vectors=None if self.vectors is None else self.vectors[members],
+            neighbours=None if self.neighbours is None else MemberNeighbours(self.neighbours, members),
+            target=self.target,
+        )
 
 
 class Policy(Protocol):
@@ -163,6 +180,37 @@ def run_policy(
         )
     removed = {"no score": len(scores) - len(kept)} if len(kept) < len(scores) else {}
     return replace(picks, positions=kept[picks.positions], removed={**removed, **picks.removed})
+
+
+def require(pool: Pool, what: Literal["vectors", "neighbours", "target"]) -> Any:
+    """A part of the pool that not every pool has.
+
+    Args:
+        pool: the samples.
+        what: name of the part.
+
+    Raises:
+        SelectionError: the pool does not have it.
+    """
+    part = getattr(pool, what)
+    if part is None:
+        fix = (
+            "pass target=..., ids or vectors of target examples"
+            if what == "target"
+            else "pass index=..., as built by `selector index`"
+        )
+        raise SelectionError(f"this policy needs {what}", got="scores alone", fix=fix)
+    return part
+
+
+def unit(vectors: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+    """Vectors of length one; a zero vector stays zero.
+
+    Args:
+        vectors: in any unit.
+    """
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1)
 
 
 def by_value(values: Float[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:

@@ -24,12 +24,12 @@ _ALLOWED = '500 · "10%" · 0.1 · "200k tokens" · "10% tokens"'
 class Budget:
     """An amount of samples or tokens, absolute or as a share of the pool."""
 
-    amount: float
+    amount: int | float
     unit: Literal["samples", "tokens"] = "samples"
     relative: bool = False
 
     @classmethod
-    def parse(cls, value: Budget | float | str) -> Budget:
+    def parse(cls, value: Budget | int | float | str) -> Budget:
         """Read a budget as people write it.
 
         Args:

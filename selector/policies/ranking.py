@@ -31,7 +31,7 @@ def random(pool: Pool, budget: Budget, *, seed: int) -> Picks:
 
 
 @POLICIES.register("band")
-def band(pool: Pool, budget: Budget, *, seed: int, low: float = 0.5, high: float = 0.95) -> Picks:
+def band(pool: Pool, budget: Budget, *, seed: int, low: int | float = 0.5, high: int | float = 0.95) -> Picks:
     """The highest scores of a band of ranks: a floor, and a cap against outliers that score high for being odd.
 
     Args:
@@ -53,7 +53,9 @@ def band(pool: Pool, budget: Budget, *, seed: int, low: float = 0.5, high: float
 
 
 @POLICIES.register("threshold")
-def threshold(pool: Pool, budget: Budget, *, seed: int, minimum: float, maximum: float = float("inf")) -> Picks:
+def threshold(
+    pool: Pool, budget: Budget, *, seed: int, minimum: int | float, maximum: int | float = float("inf")
+) -> Picks:
     """Every score between two values, both included, best first, as far as the budget goes.
 
     Args:

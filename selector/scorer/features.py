@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from selector.batching import Batch
 from selector.config import Precision
 from selector.data.samples import Sample
+from selector.errors import ModelError
 from selector.gradients.capture import GradientCapture, LayerFactors, gradients_of_activations_only
-from selector.gradients.losses import response_loss
+from selector.gradients.experts import ExpertRows
+from selector.gradients.losses import RESPONSE, LossSettings, reference_log_probs, sample_losses
 from selector.gradients.targets import Target
 from selector.spectra import Core, SketchConfig, measures, reduce_factors, sketch, solve
 from selector.types import MEASURES
@@ -31,14 +35,21 @@ class FeatureExtractor:
         targets: the layer table.
         precision: how exactly spectra are computed.
         sketch: how gradients are sketched; not at all when None.
+        loss: which loss the samples have.
+        reference: the DPO loss's reference model, where the data set has no log-probabilities of one; the model itself
+            when None.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], precision: Precision, sketch: SketchConfig | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, targets: Sequence[Target], precision: Precision, sketch: SketchConfig | None = None,
+        loss: LossSettings = RESPONSE, reference: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.targets, self.precision, self.sketch = model, targets, precision, sketch
+        self.loss, self.reference = loss, reference
         self.forward_seconds = 0.0
         """Time that forward passes have taken so far: the unit in which a training step is reckoned."""
         self._position = {target.spec.key: i for i, target in enumerate(targets)}
-        self._cores: dict[int, Core] = {}
+        self._cores: list[tuple[int, Core, ExpertRows | None]] = []
         self._sketches: dict[int, Tensor] = {}
         self._capture = GradientCapture(model, targets, self._take)
 
@@ -57,26 +68,27 @@ class FeatureExtractor:
         Returns:
             The row of the feature store of each sample.
         """
-        self._cores, self._sketches = {}, {}
-        self._capture.begin(batch.sequences_per_sample)
+        self._cores, self._sketches = [], {}
+        self._capture.begin(samples=len(batch.samples))
+        if self.reference is not None:
+            batch = dataclasses.replace(batch, reference=reference_log_probs(self.reference, batch))
         clock = Stopwatch(batch.input_ids.device)
         with torch.enable_grad():
             with clock:
                 logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            losses = response_loss(logits, batch)
+            losses = sample_losses(logits, batch, self.loss)
             losses.sum().backward()
         self._capture.finish()
-        measured = sorted(self._cores)
-        features = self._features(len(batch.samples))
+        features, measured = self._features(len(batch.samples), batch.input_ids.device)
         sketches = self._joined_sketches(len(batch.samples))
         self.forward_seconds += clock.seconds()
         rows = []
         for i, loss in enumerate(losses.detach().tolist()):
-            norms = features["frobenius_norm"][i, measured]
-            if not (np.isfinite(loss) and np.isfinite(norms).all()):
+            norms = features["frobenius_norm"][i]
+            if not (np.isfinite(loss) and np.isfinite(norms[measured[i]]).all()):
                 status = "nonfinite"
             else:
-                status = "ok" if norms.any() else "zero_gradient"
+                status = "ok" if norms[measured[i]].any() else "zero_gradient"
             values = {name: matrix[i] for name, matrix in (features | sketches).items()}
             rows.append(sample_row(batch.samples[i], status, loss, values))
         return rows
@@ -84,21 +96,41 @@ class FeatureExtractor:
     def _take(self, factors: LayerFactors) -> None:
         cores = reduce_factors(factors.x, factors.deltas, precision=self.precision)
         for spec, core, delta in zip(factors.specs, cores, factors.deltas, strict=True):
-            self._cores[self._position[spec.key]] = core
+            position = self._position[spec.key]
+            self._cores.append((position, core, factors.experts))
             if self.sketch is not None:
-                self._sketches[self._position[spec.key]] = sketch(factors.x, delta, spec.key, self.sketch)
+                if factors.experts is not None:
+                    raise ModelError(
+                        "routed experts cannot be sketched", got=spec.name, allowed="layers that every token passes",
+                        fix="leave them out by --projections q k v o, or set --sketch-dimension 0",
+                    )  # fmt: skip
+                self._sketches[position] = sketch(factors.x, delta, spec.key, self.sketch)
 
-    def _features(self, n_samples: int) -> dict[str, np.ndarray]:
-        """Each measure as float32 [N, F]; NaN where a layer got no gradient."""
-        spectra = dict(zip(self._cores, solve(list(self._cores.values())), strict=True))
-        missing = torch.full((n_samples,), float("nan"))
-        features = {}
-        for name in MEASURES:
-            measure = measures[name]
-            columns: list[Tensor] = [measure(spectra[i]) if i in spectra else missing for i in range(len(self.targets))]
-            features[name] = torch.stack([column.float().cpu() for column in columns], dim=1).numpy()
-        self._cores = {}
-        return features
+    def _features(self, n_samples: int, device: torch.device) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Each measure as float32 [N, F], NaN where a layer got no gradient, and where it got one as bool [N, F].
+
+        Routed experts of a layer have the mean over the experts that a sample hits, weighted by its tokens there.
+        """
+        spectra = solve([core for _, core, _ in self._cores])
+        sums = torch.zeros(len(MEASURES), len(self.targets), n_samples, dtype=torch.float64, device=device)
+        measured = torch.zeros(len(self.targets), n_samples, dtype=torch.bool, device=device)
+        # spectra of one shape go through the measures together: hundreds of layers would be thousands of small calls
+        groups: dict[torch.Size, list[int]] = defaultdict(list)
+        for i, spectrum in enumerate(spectra):
+            groups[spectrum.shape].append(i)
+        for members in groups.values():
+            stacked = torch.stack([spectra[i] for i in members])
+            values = torch.stack([measures[name](stacked) for name in MEASURES])
+            for place, i in enumerate(members):
+                position, _, experts = self._cores[i]
+                if experts is None:
+                    sums[:, position], measured[position] = values[:, place], True
+                else:
+                    sums[:, position].index_add_(1, experts.sample, values[:, place] * experts.share)
+                    measured[position, experts.sample] = True
+        self._cores = []
+        columns = sums.masked_fill(~measured, float("nan")).transpose(1, 2).float().cpu().numpy()
+        return dict(zip(MEASURES, columns, strict=True)), measured.T.cpu().numpy()
 
     def _joined_sketches(self, n_samples: int) -> dict[str, np.ndarray]:
         """Sketches as float16 [N, F d], each layer divided by its largest number, and these as float32 [N, F]."""

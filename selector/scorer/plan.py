@@ -58,7 +58,7 @@ def plan(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets
     problems: list[SelectorError] = patched_modules(model)
     targets: list[Target] = []
     try:
-        targets = find_targets(model, config.projections, config.layers)
+        targets = find_targets(model, config.projections, config.layers, names=config.layer_names, adapter=config.adapter)
     except SelectorError as error:
         problems.append(error)
     try:

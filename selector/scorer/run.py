@@ -22,6 +22,7 @@ from torch import nn
 from selector.batching import deal, token_budget_batches
 from selector.config import ScoreConfig, save_yaml
 from selector.data.samples import Sample
+from selector.gradients.targets import unmeasured
 from selector.scorer.checks import self_test
 from selector.scorer.cost import Estimate, device_name, estimate, ledger_entry
 from selector.scorer.features import FeatureExtractor, sample_row
@@ -132,6 +133,9 @@ def _begin(
     with together(state):
         work = plan(model, tokenizer, dataset, config)
     logger.info("data set: %d samples; %s", len(work.samples), work.layout.describe())
+    left_out = unmeasured(model, work.targets)
+    if left_out:
+        logger.info("linear layers that are not measured: %s", ", ".join(left_out))
     if work.duplicates:
         logger.info("%d rows repeat the content of another row; ids keep them apart", work.duplicates)
     manifest = work.manifest

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -22,18 +22,18 @@ from selector.types import LayerSpec
 class Aggregation:
     """Which features count, how much, and how they are averaged."""
 
-    mean: Literal["geometric", "arithmetic", "difference"] = "geometric"
-    """Kind of average; `difference` is mean |m_l - m_(l+1)| of the layer profile m (arithmetic means)."""
+    mean: str = "geometric"
+    """Kind of average, `geometric` or `arithmetic`; `difference` is mean |m_l - m_(l+1)| of the layer profile m (arithmetic means)."""
     projections: tuple[str, ...] = ()
     """Which projections count; all when empty."""
     last: int | None = None
     """Only the last so many layers count; all when None."""
     depth: tuple[float, float] = (0.0, 1.0)
     """Band of relative depth that counts, first layer 0, last layer 1, both ends included."""
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, int | float] = field(default_factory=dict)
     """Weight by projection (`"v"`) or by layer key (`"12.v"`, which wins); 1 where none is given."""
-    scale: Literal["none", "unit", "clip"] = "none"
-    """Before averaging, divide each feature by its pool mean (unit), or cap it at its pool median (clip)."""
+    scale: str = "none"
+    """`unit`, `clip` or `none`: before averaging, divide each feature by its pool mean (unit), or cap it at its pool median (clip)."""
 
     def __post_init__(self) -> None:
         problems: list[SelectorError] = []

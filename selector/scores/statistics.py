@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Num
 
 from selector.types import Scores
 
@@ -29,7 +30,24 @@ def length_correlation(scores: Scores) -> LengthCorrelation:
     return LengthCorrelation(spearman(scores.raw, scores.n_tokens), spearman(scores.values, scores.n_tokens))
 
 
-def spearman(a: Float[np.ndarray, " N"], b: Float[np.ndarray, " N"]) -> float:
+def correlations(scores: Mapping[str, Scores]) -> tuple[list[str], Float64[np.ndarray, "S S"]]:
+    """Spearman correlations of all scores with each other and with length.
+
+    Args:
+        scores: scores by name, of the same samples in the same order.
+
+    Returns:
+        Names (those of the scores, then `n_tokens` and `n_loss_tokens`) and the symmetric matrix; NaN where one of the
+        two does not vary.
+    """
+    first = next(iter(scores.values()))
+    columns = {name: one.values for name, one in scores.items()}
+    columns |= {"n_tokens": first.n_tokens, "n_loss_tokens": first.n_loss_tokens}
+    matrix = np.array([[spearman(a, b) for b in columns.values()] for a in columns.values()])
+    return list(columns), matrix
+
+
+def spearman(a: Num[np.ndarray, " N"], b: Num[np.ndarray, " N"]) -> float:
     """Spearman rank correlation, ties sharing their mean rank, over the pairs where both are finite.
 
     Args:
@@ -46,7 +64,7 @@ def spearman(a: Float[np.ndarray, " N"], b: Float[np.ndarray, " N"]) -> float:
     return float(x @ y / norm) if norm > 0 else float("nan")
 
 
-def mean_ranks(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+def mean_ranks(values: Num[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """Rank of each value from 1, equal values sharing the mean of their ranks.
 
     Args:

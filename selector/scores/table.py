@@ -71,7 +71,7 @@ def write_scores(path: str | Path, scores: Mapping[str, Scores]) -> None:
     pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, sink.getvalue())
+    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def read_provenance(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -110,6 +110,17 @@ def read_scores(path: str | Path, name: str | None = None) -> Scores:
     table = pq.read_table(
         path, columns=["sample_id", "row", "source", "n_tokens", "n_loss_tokens", name, f"{name}.raw"]
     )
+    return to_scores(table, name, provenance[name])
+
+
+def to_scores(table: pa.Table, name: str, provenance: dict[str, Any]) -> Scores:
+    """Scores from rows of a table.
+
+    Args:
+        table: the columns of one score.
+        name: the score.
+        provenance: where it comes from.
+    """
     return Scores(
         ids=table["sample_id"].to_numpy(),
         rows=table["row"].to_numpy(),
@@ -118,7 +129,7 @@ def read_scores(path: str | Path, name: str | None = None) -> Scores:
         n_tokens=table["n_tokens"].to_numpy(),
         n_loss_tokens=table["n_loss_tokens"].to_numpy(),
         source=table["source"].cast(pa.string()).to_numpy(),
-        provenance=provenance[name],
+        provenance=provenance,
     )
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from selector.errors import ConfigError, SelectorError, did_you_mean
 from selector.spectra.linalg import eigenvalues, semidefinite_factor
+from selector.spectra.threads import over_batch
 
 Precision = Literal["fast", "high", "reference", "auto"]
 
@@ -46,7 +47,7 @@ MEMORY = 1 << 30
 class Core:
     """The small matrices that hold the spectra of one projection for a batch of samples."""
 
-    matrix: Float[Tensor, "N n n"]
+    matrix: Float[Tensor, "N n m"]
     """A symmetric matrix whose eigenvalues are sigma², or its right factor where `left` is given, or one with singular values sigma."""
     left: Float[Tensor, "N n n"] | None
     """Left factor of the product whose eigenvalues are sigma²; one tensor shared by projections of the same input."""
@@ -101,7 +102,7 @@ def reduce_factors(
         ConfigError: the precision is unknown.
         SelectorError: the factors do not fit each other.
     """
-    _check(x, deltas, precision)
+    check_factors(x, deltas, precision)
     chosen = precision if precision != "auto" else "fast" if x.element_size() < 4 else "high"
     cores = _reduce(x, deltas, chosen)
     if precision != "auto" or chosen != "fast":
@@ -121,7 +122,7 @@ def solve(cores: Sequence[Core], memory: int | None = None) -> list[Float[Tensor
     """
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, core in enumerate(cores):
-        groups[core.matrix.shape[-1], core.squared, core.left is None, core.matrix.dtype, core.matrix.device].append(i)
+        groups[core.matrix.shape[-2:], core.squared, core.left is None, core.matrix.dtype, core.matrix.device].append(i)
     spectra: list[Tensor] = [torch.empty(0)] * len(cores)
     for members in groups.values():
         for i, sigma in zip(members, _solve_group([cores[i] for i in members], memory), strict=True):
@@ -132,7 +133,18 @@ def solve(cores: Sequence[Core], memory: int | None = None) -> list[Float[Tensor
     return spectra
 
 
-def _check(x: Tensor, deltas: Sequence[Tensor], precision: str) -> None:
+def check_factors(x: Tensor, deltas: Sequence[Tensor], precision: str) -> None:
+    """Refuse a precision that is not known and factors that do not fit each other.
+
+    Args:
+        x: inputs.
+        deltas: output gradients.
+        precision: what the user asked for.
+
+    Raises:
+        ConfigError: the precision is unknown.
+        SelectorError: the factors do not fit each other.
+    """
     if precision not in get_args(Precision):
         raise ConfigError(
             "unknown precision", got=repr(precision), allowed=", ".join(get_args(Precision)),
@@ -186,11 +198,11 @@ def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list
     """With xᵀ = Q R and deltaᵀ = P S (QR), G = P (S Rᵀ) Qᵀ has the singular values of S Rᵀ."""
     live = torch.stack([(delta != 0).any(-1) for delta in deltas]).any(0)
     x, x_ok = _finite(x.double().masked_fill(~live.unsqueeze(-1), 0.0))
-    right = torch.linalg.qr(x.mT, mode="r").R.mT
+    right = over_batch(_triangle, x.mT).mT
     cores = []
     for delta in deltas:
         delta, ok = _finite(delta.double())
-        matrix = torch.linalg.qr(delta.mT, mode="r").R @ right
+        matrix = over_batch(_triangle, delta.mT) @ right
         scale = torch.where(x_ok & ok, 1.0, torch.nan)
         norms = torch.linalg.matrix_norm(x) * torch.linalg.matrix_norm(delta)
         size = matrix.shape[-1]
@@ -201,6 +213,10 @@ def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list
             )
         )  # fmt: skip
     return cores
+
+
+def _triangle(matrices: Tensor) -> Tensor:
+    return torch.linalg.qr(matrices, mode="r").R
 
 
 def _gradient_core(x: Tensor, delta: Tensor, precision: str) -> Core:
@@ -246,7 +262,7 @@ def _solve_group(cores: list[Core], memory: int | None) -> list[Tensor]:
 def _solve_chunk(cores: list[Core]) -> list[Tensor]:
     matrices = torch.cat([core.matrix for core in cores])
     if not cores[0].squared:
-        values = torch.linalg.svdvals(matrices)
+        values = over_batch(torch.linalg.svdvals, matrices)
     else:
         if cores[0].left is not None:
             lefts = {id(core.left): core.left for core in cores}

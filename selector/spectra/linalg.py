@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from selector.spectra.threads import over_batch
+
 
 def eigenvalues(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n"]:
     """Eigenvalues of symmetric matrices.
@@ -20,7 +22,7 @@ def eigenvalues(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n"]:
     Returns:
         Eigenvalues, descending; off by at most a few ε of the largest magnitude.
     """
-    return torch.linalg.eigvalsh(matrices).flip(-1)
+    return over_batch(torch.linalg.eigvalsh, matrices).flip(-1)
 
 
 def semidefinite_factor(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n n"]:

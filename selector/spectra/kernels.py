@@ -1,0 +1,270 @@
+"""Triton kernels: eigenvalues of batches of symmetric matrices by tridiagonalisation and bisection."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _barrier(counter, target, GROUP: tl.constexpr):
+    tl.debug_barrier()
+    if GROUP > 1:
+        tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        while tl.atomic_add(counter, 0, sem="acq_rel", scope="gpu") < target:
+            pass
+        tl.debug_barrier()
+
+
+@triton.jit
+def _block(u, last):
+    """Row and column of the u-th block on or above the diagonal, counted from the last block backwards."""
+    t = ((tl.sqrt(8.0 * u + 1.0) - 1.0) * 0.5 + 1e-3).to(tl.int32)
+    return last - t, last - (u - t * (t + 1) // 2)
+
+
+@triton.jit
+def _tridiagonalise(
+    a_ptr, d_ptr, e_ptr, work_ptr, counter_ptr, n, batch, n_groups, work_stride,
+    GROUP: tl.constexpr, PANEL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Householder tridiagonalisation of symmetric matrices, one group of GROUP programs for each; destroys them.
+
+    Only tiles on and above the diagonal are read. Reflectors gather in panels V, W, and the matrix is brought up to date once per
+    panel: in between the current matrix is A - V Wᵀ - W Vᵀ. Per column there are two phases, each ended by a barrier:
+
+      1. the reflector v of column k, and the product A v by tiles, each tile serving its rows and its columns;
+      2. w from that product, column k + 1 of the current matrix, and its inner products with the panel.
+
+    Work space of a matrix: V and W [PANEL, n], both again as [n, PANEL], the column [n], partial products [BLOCKS, n], sums [GROUP, 2 PANEL + 2].
+    """
+    dtype = a_ptr.dtype.element_ty
+    group = tl.program_id(0).to(tl.int64) // GROUP
+    rank = tl.program_id(0) % GROUP
+    counter = counter_ptr + group
+    target = 0
+    n_blocks = n // TILE
+    n_chunks = (n + CHUNK - 1) // CHUNK
+    panel = tl.arange(0, PANEL)
+    blocks = tl.arange(0, BLOCKS)
+    SUMS: tl.constexpr = 2 * PANEL + 2
+
+    for m in range(group, batch, n_groups):
+        a = a_ptr + m * n * n
+        v_ptr = work_ptr + m * work_stride
+        w_ptr = v_ptr + PANEL * n
+        v_rows = w_ptr + PANEL * n
+        w_rows = v_rows + PANEL * n
+        column_ptr = w_rows + PANEL * n
+        part_ptr = column_ptr + n
+        sums = part_ptr + BLOCKS * n
+        shares = sums + tl.arange(0, GROUP) * SUMS
+        own = sums + rank * SUMS
+
+        tail = tl.zeros([CHUNK], dtype=dtype)
+        for q in range(rank, n_chunks, GROUP):
+            c = q * CHUNK + tl.arange(0, CHUNK)
+            column = tl.load(a + c, mask=c < n, other=0.0)
+            tl.store(column_ptr + c, column, mask=c < n)
+            tail += tl.where(c > 1, column * column, 0.0)
+        tl.store(own + panel, tl.zeros([PANEL], dtype=dtype))
+        tl.store(own + PANEL + panel, tl.zeros([PANEL], dtype=dtype))
+        tl.store(own + 2 * PANEL, tl.sum(tail))
+        if rank == 0:
+            tl.store(d_ptr + m * n, tl.load(a))
+        target += GROUP
+        _barrier(counter, target, GROUP)
+
+        for k in range(0, n - 1):
+            j = k % PANEL
+            done = panel < j
+            # The reflector I - tau v vᵀ that maps the column below the diagonal to (beta, 0, ..., 0), with v[k + 1] = 1.
+            alpha = tl.load(column_ptr + k + 1)
+            squares = tl.sum(tl.load(shares + 2 * PANEL))
+            norm = tl.sqrt(alpha * alpha + squares)
+            flat = squares == 0
+            beta = tl.where(flat, alpha, tl.where(alpha > 0, -norm, norm))
+            inverse = tl.where(flat, 0.0, 1.0 / tl.where(flat, 1.0, alpha - beta))
+            tau = tl.where(flat, 0.0, (beta - alpha) / tl.where(flat, 1.0, beta))
+            if rank == 0:
+                tl.store(e_ptr + m * n + k, beta)
+            v_head = tl.load(v_rows + (k + 1) * PANEL + panel, mask=done, other=0.0)
+            w_head = tl.load(w_rows + (k + 1) * PANEL + panel, mask=done, other=0.0)
+            dot_v = tl.sum(tl.load(shares[:, None] + panel[None, :]), 0) * inverse + v_head
+            dot_w = tl.sum(tl.load(shares[:, None] + PANEL + panel[None, :]), 0) * inverse + w_head
+            start = k // CHUNK
+            for q in range(start + (rank - start % GROUP + GROUP) % GROUP, n_chunks, GROUP):
+                c = q * CHUNK + tl.arange(0, CHUNK)
+                v = tl.load(column_ptr + c, mask=c < n, other=0.0) * inverse
+                v = tl.where(c > k + 1, v, tl.where(c == k + 1, 1.0, 0.0))
+                tl.store(v_ptr + j * n + c, v, mask=c < n)
+                tl.store(v_rows + c * PANEL + j, v, mask=c < n)
+
+            first = (k + 1) // TILE
+            units = (n_blocks - first) * (n_blocks - first + 1) // 2
+            form = tl.zeros([TILE], dtype=dtype)
+            for u in tl.range(rank, units, GROUP, num_stages=STAGES):
+                bi, bj = _block(units - 1 - u, n_blocks - 1)
+                r = bi * TILE + tl.arange(0, TILE)
+                c = bj * TILE + tl.arange(0, TILE)
+                tile = tl.load(a + r[:, None] * n + c[None, :], mask=(r > k)[:, None], other=0.0)
+                v_r = tl.load(column_ptr + r) * inverse
+                v_r = tl.where(r > k + 1, v_r, tl.where(r == k + 1, 1.0, 0.0))
+                v_c = tl.load(column_ptr + c) * inverse
+                v_c = tl.where(c > k + 1, v_c, tl.where(c == k + 1, 1.0, 0.0))
+                row = tl.sum(tile * v_c[None, :], 1)
+                col = tl.sum(tile * v_r[:, None], 0)
+                tl.store(part_ptr + bj * n + r, row)
+                tl.store(part_ptr + bi * n + c, col, mask=bi != bj)
+                form += row * v_r + tl.where(bi != bj, col * v_c, 0.0)
+            tl.store(own + 2 * PANEL + 1, tl.sum(form))
+            target += GROUP
+            _barrier(counter, target, GROUP)
+
+            # w = tau y - (tau² yᵀv / 2) v with y = A v - V (Wᵀv) - W (Vᵀv); then column k + 1 of A - V Wᵀ - W Vᵀ.
+            half = 0.5 * tau * tau * (tl.sum(tl.load(shares + 2 * PANEL + 1)) - 2 * tl.sum(dot_v * dot_w))
+            used = (blocks >= first) & (blocks < n_blocks)
+            y_head = tl.sum(tl.load(part_ptr + blocks * n + k + 1, mask=used, other=0.0))
+            y_head -= tl.sum(v_head * dot_w + w_head * dot_v)
+            new_head = tau * y_head - half
+            next_v = tl.zeros([PANEL], dtype=dtype)
+            next_w = tl.zeros([PANEL], dtype=dtype)
+            last_v = tl.zeros([CHUNK], dtype=dtype)
+            last_w = tl.zeros([CHUNK], dtype=dtype)
+            tail = tl.zeros([CHUNK], dtype=dtype)
+            start = (k + 1) // CHUNK
+            for q in range(start + (rank - start % GROUP + GROUP) % GROUP, n_chunks, GROUP):
+                c = q * CHUNK + tl.arange(0, CHUNK)
+                inside = (c < n)[:, None]
+                old_v = tl.load(v_rows + c[:, None] * PANEL + panel[None, :], mask=inside & done[None, :], other=0.0)
+                old_w = tl.load(w_rows + c[:, None] * PANEL + panel[None, :], mask=inside & done[None, :], other=0.0)
+                y = tl.sum(tl.load(part_ptr + blocks[None, :] * n + c[:, None], mask=inside & used[None, :], other=0.0), 1)
+                y -= tl.sum(old_v * dot_w[None, :] + old_w * dot_v[None, :], 1)
+                v = tl.load(v_ptr + j * n + c, mask=c < n, other=0.0)
+                w = tl.where(c > k, tau * y - half * v, 0.0)
+                tl.store(w_ptr + j * n + c, w, mask=c < n)
+                tl.store(w_rows + c * PANEL + j, w, mask=c < n)
+                column = tl.load(a + (k + 1) * n + c, mask=c < n, other=0.0) - (v * new_head + w)
+                column -= tl.sum(old_v * w_head[None, :] + old_w * v_head[None, :], 1)
+                tl.store(column_ptr + c, column, mask=c < n)
+                tl.store(d_ptr + m * n + c, column, mask=c == k + 1)
+                column = tl.where(c > k + 2, column, 0.0)
+                tail += column * column
+                last_v += column * v
+                last_w += column * w
+                next_v += tl.sum(old_v * column[:, None], 0)
+                next_w += tl.sum(old_w * column[:, None], 0)
+            fresh = j == PANEL - 1
+            next_v = tl.where(fresh, 0.0, tl.where(panel == j, tl.sum(last_v), next_v))
+            next_w = tl.where(fresh, 0.0, tl.where(panel == j, tl.sum(last_w), next_w))
+            tl.store(own + panel, next_v)
+            tl.store(own + PANEL + panel, next_w)
+            tl.store(own + 2 * PANEL, tl.sum(tail))
+            target += GROUP
+            _barrier(counter, target, GROUP)
+
+            if fresh:
+                for u in tl.range(rank, units, GROUP, num_stages=STAGES):
+                    bi, bj = _block(units - 1 - u, n_blocks - 1)
+                    r = bi * TILE + tl.arange(0, TILE)
+                    c = bj * TILE + tl.arange(0, TILE)
+                    spot = a + r[:, None] * n + c[None, :]
+                    tile = tl.load(spot, mask=(r > k)[:, None], other=0.0)
+                    for i in range(PANEL):
+                        v_r = tl.load(v_ptr + i * n + r)
+                        w_r = tl.load(w_ptr + i * n + r)
+                        v_c = tl.load(v_ptr + i * n + c)
+                        w_c = tl.load(w_ptr + i * n + c)
+                        tile -= v_r[:, None] * w_c[None, :] + w_r[:, None] * v_c[None, :]
+                    tl.store(spot, tile, mask=(r > k)[:, None])
+                target += GROUP
+                _barrier(counter, target, GROUP)
+
+
+@triton.jit
+def _count(x, d, e2, n, tiny):
+    """Number of eigenvalues of the tridiagonal below x, by the signs of the pivots of T - x."""
+    count = tl.zeros_like(x).to(tl.int32)
+    q = tl.zeros_like(x) + 1.0
+    for i in range(n):
+        q = (tl.load(d + i) - x) - tl.load(e2 + i) / q
+        q = tl.where(tl.abs(q) < tiny, -tiny, q)
+        count += (q < 0).to(tl.int32)
+    return count
+
+
+@triton.jit
+def _bisect_roots(
+    d_ptr, e_ptr, out_ptr, e2_ptr, count_ptr, n, steps, tiny,
+    LANES: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Square roots of the eigenvalues of positive semidefinite tridiagonals, descending, by bisection on the root."""
+    m = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    d, e = d_ptr + m * n, e_ptr + m * n
+    e2 = e2_ptr + (m * tl.num_programs(1) + block) * n
+    counts = count_ptr + (m * tl.num_programs(1) + block) * LANES
+
+    i = tl.arange(0, SIZE)
+    below = tl.abs(tl.load(e + i - 1, mask=(i > 0) & (i < n), other=0.0))
+    above = tl.abs(tl.load(e + i, mask=i < n - 1, other=0.0))
+    top = tl.sqrt(tl.max(tl.where(i < n, tl.abs(tl.load(d + i, mask=i < n, other=0.0)) + below + above, 0.0), 0))
+    tl.store(e2 + i, below * below, mask=i < n)
+    tl.debug_barrier()
+
+    # One pass over a grid of points brackets all eigenvalues as log2(LANES) steps of bisection would.
+    lane = tl.arange(0, LANES)
+    width = top * (1.0 / LANES)
+    point = (lane + 1) * width
+    tl.store(counts + lane, _count(point * point, d, e2, n, tiny))
+    tl.debug_barrier()
+    index = n - 1 - (block * LANES + lane)  # this lane's eigenvalue has so many below it
+    low = tl.zeros([LANES], dtype=tl.int32)
+    step = LANES // 2
+    while step > 0:
+        ahead = tl.load(counts + low + step - 1)
+        low = tl.where(ahead <= index, low + step, low)
+        step = step // 2
+    left = low * width
+    right = left + width
+    for _ in range(steps):
+        middle = 0.5 * (left + right)
+        below_middle = _count(middle * middle, d, e2, n, tiny) <= index
+        left = tl.where(below_middle, middle, left)
+        right = tl.where(below_middle, right, middle)
+    tl.store(out_ptr + m * n + block * LANES + lane, 0.5 * (left + right), mask=index >= 0)
+
+
+def tridiagonalise(a, group=1, panel=16, tile=64, chunk=256, warps=4, slots=None, regs=None, stages=1):
+    """Destroys a."""
+    batch, n = a.shape[:2]
+    blocks = triton.next_power_of_2(n // tile)
+    d = torch.empty(batch, n, dtype=a.dtype, device=a.device)
+    e = torch.zeros_like(d)
+    stride = (4 * panel + 1 + blocks) * n + group * (2 * panel + 2)
+    work = torch.empty(batch * stride, dtype=a.dtype, device=a.device)
+    groups = batch if group == 1 else min(batch, slots // group)
+    counter = torch.zeros(groups, dtype=torch.int32, device=a.device)
+    extra = {"launch_cooperative_grid": True} if group > 1 and a.is_cuda else {}
+    if regs:
+        extra["maxnreg"] = regs
+    _tridiagonalise[(groups * group,)](
+        a, d, e, work, counter, n, batch, groups, stride, GROUP=group, PANEL=panel, TILE=tile, CHUNK=chunk,
+        BLOCKS=blocks, STAGES=stages, num_warps=warps, **extra,
+    )  # fmt: skip
+    return d, e
+
+
+def bisect_roots(d, e, steps, lanes=None, warps=4):
+    batch, n = d.shape
+    size = triton.next_power_of_2(n)
+    lanes = lanes or min(size, 512)
+    blocks = triton.cdiv(n, lanes)
+    out = torch.empty_like(d)
+    e2 = torch.empty(batch * blocks, n, dtype=d.dtype, device=d.device)
+    counts = torch.empty(batch * blocks, lanes, dtype=torch.int32, device=d.device)
+    tiny = torch.finfo(d.dtype).tiny ** 0.5
+    _bisect_roots[(batch, blocks)](d, e, out, e2, counts, n, steps, tiny, LANES=lanes, SIZE=size, num_warps=warps)
+    return out

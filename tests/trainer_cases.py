@@ -1,0 +1,210 @@
+"""Real trainers on the tiny model, built by name, with a record of the samples that each training step saw.
+
+The tests import it for one process. For two, `torchrun` runs it with a file of cases, and every rank writes what it saw.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from selector.assets import TINY_MODEL
+from selector.selection import Selection
+
+WORDS = "river stone cloud forest engine market garden winter silver bridge".split()
+
+
+def sentence(i: int) -> str:
+    """A short text that no other number gives."""
+    return f"{WORDS[i % 10]} {WORDS[i // 10 % 10]} {WORDS[i // 100 % 10]}"
+
+
+def dataset(n: int, kind: str) -> Dataset:
+    """[n] rows with ids `s0`, `s1`, ... in the columns that a trainer of this kind reads."""
+    prompts = [f"Question {i}: {sentence(i)}" for i in range(n)]
+    columns: dict[str, list[Any]] = {"id": [f"s{i}" for i in range(n)], "prompt": prompts}
+    if kind in ("sft", "kto", "grpo", "rloo"):
+        columns["completion"] = [f" {sentence(i + 7)}." for i in range(n)]
+    if kind == "kto":
+        columns["label"] = [i % 2 == 0 for i in range(n)]
+    if kind == "dpo":
+        columns["chosen"] = [f" {sentence(i + 7)}." for i in range(n)]
+        columns["rejected"] = [" No." for i in range(n)]
+    return Dataset.from_dict(columns)
+
+
+def selection(ids: list[str], weights: list[float] | None = None) -> Selection:
+    """A selection of these samples."""
+    k = len(ids)
+    return Selection(
+        ids=np.array(ids), rows=np.array([int(i[1:]) for i in ids]), weights=np.array(weights or [1.0] * k),
+        scores=np.linspace(1.0, 0.0, k), n_tokens=np.full(k, 10), reasons=np.array(["test"] * k),
+    )  # fmt: skip
+
+
+def trainer(kind: str, out: Path, data: Dataset, **options: Any) -> Any:
+    """A stock trainer for a tiny random model: `sft`, `dpo`, `kto`, `grpo`, `rloo` or `plain`."""
+    import trl
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    settings: dict[str, Any] = {
+        "output_dir": str(out), "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_strategy": "no",
+        "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "optim": "sgd", "seed": 5,
+        "gradient_checkpointing": False, "disable_tqdm": True,
+    }  # fmt: skip
+    if kind == "plain":
+        data = data.map(lambda row: tokenizer(row["prompt"], padding="max_length", max_length=24, truncation=True))
+        data = data.map(lambda row: {"labels": row["input_ids"]})
+        return Trainer(model=model(tokenizer), train_dataset=data, args=TrainingArguments(**(settings | options)))
+    if kind in ("grpo", "rloo"):
+        settings |= {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 4, "beta": 0.0}
+    if kind == "sft":
+        settings |= {"max_length": 64}
+    if kind == "dpo":
+        settings |= {"max_length": 64, "precompute_ref_log_probs": False}
+    config = getattr(trl, f"{kind.upper()}Config")(**(settings | options))
+    extra: dict[str, Any] = {"reward_funcs": reward} if kind in ("grpo", "rloo") else {}
+    if kind in ("dpo", "kto"):
+        extra = {"ref_model": model(tokenizer)}
+    cls = getattr(trl, f"{kind.upper()}Trainer")
+    return cls(model=model(tokenizer), train_dataset=data, processing_class=tokenizer, args=config, **extra)
+
+
+def model(tokenizer: Any) -> LlamaForCausalLM:
+    """A random model of one layer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=len(tokenizer), max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """Whether the first token is even: a fair coin for a random model."""
+    return [float(ids[0] % 2 == 0) for ids in completion_ids]
+
+
+def record(trainer: Any) -> list[list[str]]:
+    """Let a trainer note the ids of the samples of every training step; the list fills as it trains."""
+    seen: list[list[str]] = []
+    step = trainer.training_step
+    dataset = trainer.train_dataset
+    by_tokens = {}
+    if "input_ids" in dataset.column_names:
+        by_tokens = {_key(row["input_ids"]): row["id"] for row in dataset}
+    elif "chosen_ids" in dataset.column_names:
+        by_tokens = {_key(row["prompt_ids"] + row["chosen_ids"]): row["id"] for row in dataset}
+    elif "completion_ids" in dataset.column_names:
+        by_tokens = {_key(row["prompt_ids"] + row["completion_ids"]): row["id"] for row in dataset}
+
+    def noting_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(inputs, list):
+            seen.append([str(row["id"]) for row in inputs])
+        else:
+            seen.append([by_tokens[_key(row)] for row in inputs["input_ids"].tolist() if _key(row) in by_tokens])
+        return step(model, inputs, *args, **kwargs)
+
+    trainer.training_step = noting_step
+    return seen
+
+
+def _key(tokens: list[int]) -> tuple[int, ...]:
+    """Tokens without padding and end marks, by which a row is known in any batch."""
+    return tuple(token for token in tokens if token > 3)
+
+
+class SaveAt(TrainerCallback):
+    """Save one checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = state.global_step == self.step
+
+
+def resume(
+    kind: str, out: Path, *, save_at: int, n: int = 30, attached: bool = True, attach_options: Any = None, **options: Any
+) -> dict[str, list[list[str]]]:
+    """Train once through and once more from the checkpoint of step `save_at`.
+
+    Returns:
+        `whole`: the samples of each training step of the first run; `resumed`: of the second one.
+    """
+    from selector.integrations.trl import attach
+
+    seen: dict[str, list[list[str]]] = {}
+    for run in ("whole", "resumed"):
+        trained = trainer(kind, out, dataset(n, kind), **options)
+        if attached:
+            attach(trained, selection([f"s{i}" for i in range(3, n - 3)]), **(attach_options or {}))
+        trained.add_callback(SaveAt(save_at))
+        seen[run] = record(trained)
+        trained.train(resume_from_checkpoint=str(out / f"checkpoint-{save_at}") if run == "resumed" else None)
+    return seen
+
+
+def grid(world: int) -> dict[str, dict[str, Any]]:
+    """Every way to interrupt a run: trainer, place of the checkpoint, workers, fixed or adaptive weights.
+
+    24 samples: 12 steps an epoch in one process, 6 in two.
+    """
+    steps = 12 // world
+    places = {"epoch 0, middle": 2, "epoch 0, edge": steps, "epoch 1, middle": steps + 3, "epoch 1, edge": 2 * steps}
+    cases: dict[str, dict[str, Any]] = {}
+    for kind in ("sft", "dpo", "grpo", "rloo"):
+        for place, save_at in places.items():
+            common = {"kind": kind, "save_at": save_at, "num_train_epochs": 3}
+            for workers in (0, 2):
+                cases[f"{kind}, {place}, {workers} workers, static"] = common | {"dataloader_num_workers": workers}
+            if kind in ("grpo", "rloo"):
+                cases[f"{kind}, {place}, 0 workers, adaptive"] = common | {"attach_options": {"online": "rewards"}}
+    inside = {"kind": "grpo", "num_train_epochs": 3, "steps_per_generation": 2, "num_iterations": 2}
+    for name, attach_options in (("static", {}), ("adaptive", {"online": "rewards"})):
+        cases[f"grpo, inside a generation cycle, {name}"] = inside | {"save_at": 3, "attach_options": attach_options}
+        accumulating = {"kind": "sft" if name == "static" else "grpo", "gradient_accumulation_steps": 2, "num_train_epochs": 3}
+        cases[f"accumulation, {name}"] = accumulating | {"save_at": steps // 2 + 1, "attach_options": attach_options}
+    return cases
+
+
+def same_tail(seen: dict[str, list[list[str]]]) -> bool:
+    """Whether the resumed run saw what the whole one saw after the checkpoint."""
+    whole, resumed = seen["whole"], seen["resumed"]
+    return 0 < len(resumed) < len(whole) and whole[-len(resumed) :] == resumed
+
+
+def run_on_two_ranks(cases: dict[str, dict[str, Any]], out: Path) -> list[dict[str, dict[str, list[list[str]]]]]:
+    """What each of two processes saw in each case."""
+    (out / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [*command, str(out / "cases.json"), str(out)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr[-4000:])
+    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    results = {name: resume(out=out / str(i), **case) for i, (name, case) in enumerate(cases.items())}
+    (out / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    import conftest  # noqa: F401  # maps selector.integrations to its folder
+
+    main()
