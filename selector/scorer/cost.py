@@ -92,9 +92,9 @@ def ledger_entry(samples: Sequence[Sample], seconds: float, forward_seconds: flo
     Args:
         samples: that all processes have measured.
         seconds: wall-clock time of the measurement.
-        forward_seconds: that this process spent in forward passes.
+        forward_seconds: that the main process spent in forward passes.
         tokens_per_batch: budget at the end.
-        store_bytes: of all shards that this process can see.
+        store_bytes: of all shards that the main process can see.
         state: place of this process.
     """
     return {

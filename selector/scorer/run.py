@@ -93,13 +93,13 @@ def score_dataset(
         with run.meeting():
             budget = run.measure(StoreWriter(store, manifest, rank=run.state.process_index, shard_rows=config.shard_rows))
         seconds = time.perf_counter() - started
+    size = sum(path.stat().st_size for path in FeatureStore(store, manifest).shard_paths())
+    entry = from_main(ledger_entry(run.pending, seconds, run.extractor.forward_seconds, budget, size, run.state), run.state)
+    cost = (*manifest.cost, entry) if run.pending else manifest.cost
     for turn in on_every_file_system(run.state):
-        paths = FeatureStore(store, manifest).shard_paths()
-        names = tuple(path.name for path in paths)
+        names = tuple(path.name for path in FeatureStore(store, manifest).shard_paths())
         if turn and Manifest.load(store).shards != names:
-            size = sum(path.stat().st_size for path in paths)
-            entry = ledger_entry(run.pending, seconds, run.extractor.forward_seconds, budget, size, run.state)
-            write_manifest(store, replace(manifest, shards=names, cost=(*manifest.cost, entry) if run.pending else manifest.cost))
+            write_manifest(store, replace(manifest, shards=names, cost=cost))
     return FeatureStore.open(store)
 
 

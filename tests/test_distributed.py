@@ -1,0 +1,162 @@
+"""Several processes, one store: equal numbers to one process, sharded models, nodes without a shared file system, failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from selector.config import ScoreConfig
+from selector.scorer import score_dataset
+from selector.store import FeatureStore
+from selector.store.merge import merge
+from selector.types import MEASURES
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = 13
+
+WORKER = """
+import json, sys
+from pathlib import Path
+
+import datasets, torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from selector import ScoreConfig, score_dataset
+from selector.assets import POOL, TINY_MODEL
+from selector.errors import SelectorError
+from selector.scorer.features import FeatureExtractor
+from selector.scorer.processes import process_state
+
+datasets.disable_progress_bars()
+folder = Path(sys.argv[1])
+state = process_state()
+rank = state.process_index
+tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+data = datasets.Dataset.from_json(str(POOL)).select(range(int(sys.argv[2])))
+config = ScoreConfig(shard_rows=3, tokens_per_batch=300, sketch_dimension=4)
+model = LlamaForCausalLM.from_pretrained(folder / "model")
+
+score_dataset(model, tokenizer, data, folder / "shared", config)
+
+# two nodes that do not see each other's files
+state._shared_state["local_process_index"] = 0
+score_dataset(model, tokenizer, data, folder / f"node{rank}" / "store", config)
+state._shared_state["local_process_index"] = rank
+
+# one process fails in the middle of its share
+original = FeatureExtractor.__call__
+calls = []
+
+def failing(self, batch):
+    calls.append(batch)
+    if rank == 1 and len(calls) == 5:
+        raise RuntimeError("the device fell off the bus")
+    return original(self, batch)
+
+FeatureExtractor.__call__ = failing
+try:
+    score_dataset(model, tokenizer, data, folder / "failing", config)
+    message = "no failure"
+except Exception as error:
+    message = f"{type(error).__name__}: {error}"
+FeatureExtractor.__call__ = original
+(folder / f"message{rank}.json").write_text(json.dumps(message))
+
+# a sharded model: one rank has fewer batches than the other, and both must run it equally often
+mesh = init_device_mesh("cpu", (2,))
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+score_dataset(model, tokenizer, data, folder / "sharded", config)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer) -> Path:
+    """What two processes have left, run once for all tests."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("distributed")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+        vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=3, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path / "model")
+    (path / "worker.py").write_text(WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [*launcher, str(path / "worker.py"), str(path), str(ROWS)], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tokenizer, pool) -> FeatureStore:
+    """The same rows, scored by one process."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    config = ScoreConfig(tokens_per_batch=4096, sketch_dimension=4)
+    return score_dataset(model, tokenizer, pool.select(range(ROWS)), folder / "alone", config)
+
+
+def assert_equal(found: FeatureStore, expected: FeatureStore) -> None:
+    assert found.verify() == []
+    assert found.ids.tolist() == expected.ids.tolist()
+    assert found.manifest.fingerprint == expected.manifest.fingerprint
+    for measure in MEASURES:
+        np.testing.assert_allclose(found.features(measure), expected.features(measure), rtol=1e-5)
+    np.testing.assert_allclose(found.sketches(), expected.sketches(), rtol=2e-3, atol=1e-3 * np.abs(expected.sketches()).max())
+
+
+def test_two_processes_give_the_store_of_one(folder, alone):
+    store = FeatureStore.open(folder / "shared")
+    assert_equal(store, alone)
+    assert {path.name.split("-")[0] for path in store.shard_paths()} == {"00000", "00001"}
+    (entry,) = store.manifest.cost
+    assert entry["processes"] == 2
+    assert entry["device_seconds"] == pytest.approx(2 * entry["seconds"], abs=0.01)
+
+
+def test_sharded_model_gives_the_store_and_fingerprint_of_the_whole_one(folder, alone):
+    assert_equal(FeatureStore.open(folder / "sharded"), alone)
+
+
+def test_nodes_without_a_shared_file_system_keep_parts_that_merge(folder, alone, tmp_path):
+    parts = [folder / f"node{rank}" / "store" for rank in range(2)]
+    assert [len(FeatureStore.open(part).shard_paths()) > 0 for part in parts] == [True, True]
+    assert sum(len(FeatureStore.open(part)) for part in parts) == ROWS
+    joined = merge(parts, tmp_path / "joined")
+    assert_equal(joined, alone)
+    assert len(joined.manifest.cost) == 1
+
+
+def test_failure_of_one_process_is_told_by_all_and_loses_no_finished_shard(folder, alone, tokenizer, pool):
+    messages = [json.loads((folder / f"message{rank}.json").read_text()) for rank in range(2)]
+    assert messages[0].startswith("SelectorError: process 1 of 2 has failed")
+    assert "fell off the bus" in messages[0]
+    assert messages[1] == "RuntimeError: the device fell off the bus"
+    from transformers import LlamaForCausalLM
+
+    broken = FeatureStore.open(folder / "failing")
+    done = len(broken)
+    assert 0 < done < ROWS
+    # begun on two processes, finished on one
+    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    finished = score_dataset(model, tokenizer, pool.select(range(ROWS)), folder / "failing", ScoreConfig(sketch_dimension=4))
+    assert_equal(finished, alone)
+    assert finished.manifest.cost[-1]["samples"] == ROWS - done
