@@ -11,7 +11,10 @@ import pytest
 import trl
 from trl import SFTConfig, SFTTrainer
 
+from selector.assets import TINY_MODEL
 from selector.data.samples import Encoder
+from selector.errors import ModelError
+from selector.scorer import load_model
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CHAT = [
@@ -138,3 +141,12 @@ def test_conversations_without_a_chat_template_say_so(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     (sample,) = encode(tokenizer, [{"messages": CHAT}])
     assert sample.status == "error: the tokenizer has no chat template for conversations"
+
+
+def test_a_chat_template_from_a_file_takes_the_place_of_the_tokenizers_own(tmp_path):
+    (tmp_path / "marked.jinja").write_text(MARKED)
+    _, tokenizer = load_model(str(TINY_MODEL), chat_template=tmp_path / "marked.jinja")
+    (sample,) = encode(tokenizer, [{"messages": CHAT}])
+    assert spoken(tokenizer, sample) == "Four.<|im_end|>Eight, of course.<|im_end|>"
+    with pytest.raises(ModelError, match="the chat template cannot be read"):
+        load_model(str(TINY_MODEL), chat_template=tmp_path / "missing.jinja")

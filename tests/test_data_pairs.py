@@ -52,6 +52,22 @@ def test_tokens_and_masks_equal_those_of_the_dpo_trainer(tokenizer, small_llama,
         assert sequence.loss_mask.tolist()[1:] == ([False] * len(prompt) + [True] * len(completion))[1:]
 
 
+def test_cutting_completions_equals_keep_start_of_the_dpo_trainer(tokenizer, small_llama, tmp_path):
+    row = {"prompt": "The sky is", "chosen": " blue on most days", "rejected": " green"}
+    args = DPOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, max_length=6, truncation_mode="keep_start")
+    trainer = DPOTrainer(
+        model=small_llama, ref_model=small_llama.__class__(small_llama.config), args=args, processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list([row]),
+    )  # fmt: skip
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    (sample,) = encode(tokenizer, [row], "dpo", 6, "truncate-completion")
+    assert sample.truncated
+    for i, sequence in enumerate(sample.sequences):
+        length = int(batch["attention_mask"][i].sum())
+        assert sequence.input_ids.tolist() == batch["input_ids"][i, :length].tolist()
+        assert sequence.loss_mask.tolist() == batch["completion_mask"][i, :length].bool().tolist()
+
+
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_a_side_alone_is_a_prompt_with_its_completion(tokenizer, side):
     pair = PAIRS["plain"]

@@ -16,7 +16,7 @@ from selector.data.rollouts import one_row_per_rollout
 from selector.errors import DataError, StoreError
 from selector.scorer import score_dataset
 
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 @pytest.fixture

@@ -47,6 +47,8 @@ class ScoreCommand(Command):
     """Which split, where there are several."""
     reference_model: str | None = None
     """Reference model of the DPO loss, where the data set has no log-probabilities of one; else the model itself."""
+    chat_template: Path | None = None
+    """Jinja file that takes the place of the tokenizer's chat template, such as one that marks what the assistant generates."""
     config: OmitArgPrefixes[ScoreConfig] = field(default_factory=ScoreConfig)
     """How samples are read, batched and measured."""
     trust_remote_code: bool = False
@@ -74,7 +76,7 @@ class ScoreCommand(Command):
             try:
                 model, tokenizer = load_model(
                     self.model, self.config.dtype, device="cpu" if wants_sharding() else state.device,
-                    trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
+                    chat_template=self.chat_template, trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
                 )  # fmt: skip
             except SelectorError as error:
                 problems.append(error)

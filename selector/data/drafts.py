@@ -169,7 +169,7 @@ class Writer:
         if not whole.startswith(text):
             raise DataError(
                 "the chat template renders a conversation's beginning differently once it goes on, "
-                "and does not mark what the assistant generates"
+                "and does not mark what the assistant generates; give one that does with --chat-template"
             )
         return text
 

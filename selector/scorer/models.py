@@ -21,7 +21,8 @@ SAMPLED_VALUES = 64
 
 
 def load_model(
-    name: str, dtype: Dtype = "auto", *, device: torch.device | str = "cpu", trust_remote_code: bool = False, allow_pickle: bool = False
+    name: str, dtype: Dtype = "auto", *, device: torch.device | str = "cpu", chat_template: Path | None = None,
+    trust_remote_code: bool = False, allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -29,6 +30,7 @@ def load_model(
         name: directory of a checkpoint, or name on the hub.
         dtype: number format; auto is float32 on CPU and the checkpoint's own elsewhere.
         device: where the model goes.
+        chat_template: Jinja file that takes the place of the tokenizer's chat template.
         trust_remote_code: run code that comes with the checkpoint.
         allow_pickle: accept weights that are not safetensors; unpickling can run code.
 
@@ -54,6 +56,11 @@ def load_model(
         )
     except Exception as error:  # likewise
         problems.append(_loading_problem("model", name, error, "check the name, the network, and that its weights are safetensors"))
+    if chat_template is not None and tokenizer is not None:
+        try:
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(ModelError("the chat template cannot be read", got=error, allowed="a Jinja file", fix="check the path"))
     raise_all(problems)
     assert model is not None and tokenizer is not None
     return model.to(device), tokenizer  # pyright: ignore[reportArgumentType]
