@@ -2,6 +2,7 @@
 
 A prompt and its completion are tokenized together; the completion starts where the tokens of the prompt alone and of
 the whole diverge. Plain completions and texts get the end token; conversations get what their chat template writes.
+Rollouts given as text are taken to have ended; only tokens can say that one was cut off, or how it was tokenized.
 """
 
 from __future__ import annotations
