@@ -33,16 +33,23 @@ CLOSING = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
 )
 """Ends whatever it renders with the end token, as Phi 3 does."""
-TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 def encode(tokenizer, rows, loss="response"):
-    return list(Encoder(tokenizer, 512, "error", loss).encode(rows, [str(i) for i in range(len(rows))], [None] * len(rows)))
+    return list(
+        Encoder(tokenizer, 512, "error", loss).encode(rows, [str(i) for i in range(len(rows))], [None] * len(rows))
+    )
 
 
 def prepared_by_trl(tokenizer, model, rows, tmp_path, **options):
     args = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, max_length=512, bf16=False, **options)
-    trainer = SFTTrainer(model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
     return list(trainer.train_dataset)
 
 
@@ -87,7 +94,9 @@ def test_training_templates_need_no_prefix_difference(tokenizer, small_llama, tm
     monkeypatch.setattr(tokenizer, "chat_template", (TEMPLATES / "qwen3.jinja").read_text())
     assert "does not mark what the assistant generates" in encode(tokenizer, rows)[0].status
     monkeypatch.setattr(tokenizer, "chat_template", (TEMPLATES / "qwen3_training.jinja").read_text())
-    assert_same_rows(encode(tokenizer, rows), prepared_by_trl(tokenizer, small_llama, rows, tmp_path, assistant_only_loss=True))
+    assert_same_rows(
+        encode(tokenizer, rows), prepared_by_trl(tokenizer, small_llama, rows, tmp_path, assistant_only_loss=True)
+    )
 
 
 def test_an_end_token_that_only_closes_the_rendering_is_no_part_of_earlier_turns(tokenizer, monkeypatch):
@@ -96,11 +105,18 @@ def test_an_end_token_that_only_closes_the_rendering_is_no_part_of_earlier_turns
     assert spoken(tokenizer, sample) == "Four.<|im_end|>Eight, of course.<|im_end|><|endoftext|>"
 
 
-def test_tools_and_template_arguments_reach_the_template_as_they_do_in_the_sft_trainer(tokenizer, small_llama, tmp_path, monkeypatch):
+def test_tools_and_template_arguments_reach_the_template_as_they_do_in_the_sft_trainer(
+    tokenizer, small_llama, tmp_path, monkeypatch
+):
     template = "{% if tools %}{{ tools | tojson }}{% endif %}{{ style }}" + tokenizer.chat_template
     monkeypatch.setattr(tokenizer, "chat_template", template)
     rows = [
-        {"prompt": CHAT[:1], "completion": CHAT[1:2], "tools": json.dumps([TOOL]), "chat_template_kwargs": {"style": "short"}},
+        {
+            "prompt": CHAT[:1],
+            "completion": CHAT[1:2],
+            "tools": json.dumps([TOOL]),
+            "chat_template_kwargs": {"style": "short"},
+        },
         {"prompt": CHAT[:1], "completion": CHAT[1:2], "tools": "[]", "chat_template_kwargs": {"style": "long"}},
     ]
     samples = encode(tokenizer, rows)
@@ -111,7 +127,11 @@ def test_tools_and_template_arguments_reach_the_template_as_they_do_in_the_sft_t
 def test_a_call_of_a_tool_is_an_answer_without_content(tokenizer, monkeypatch):
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content or m.tool_calls[0].function.name }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}],
+    }
     (sample,) = encode(tokenizer, [{"messages": [CHAT[0], call, {"role": "tool", "content": "4"}, CHAT[1]]}])
     assert spoken(tokenizer, sample) == "addFour."
 
@@ -126,8 +146,14 @@ def test_a_call_of_a_tool_is_an_answer_without_content(tokenizer, monkeypatch):
         ({"messages": CHAT, "tools": "{"}, "error: tools is no JSON"),
         ({"messages": CHAT, "tools": 3}, "error: tools is no list"),
         ({"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}, "error: the chat template cannot render"),
-        ({"messages": [{"role": "user", "content": ["a"]}, CHAT[1]]}, "error: messages holds a message whose content is list"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}, CHAT[1]]}, "error: the chat template cannot render"),
+        (
+            {"messages": [{"role": "user", "content": ["a"]}, CHAT[1]]},
+            "error: messages holds a message whose content is list",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}, CHAT[1]]},
+            "error: the chat template cannot render",
+        ),
         ({"prompt": CHAT[:1], "completion": "Four."}, "error: completion is str, not messages"),
         ({"prompt": "Two and two?", "completion": CHAT[1:2]}, "error: completion is list, not text"),
     ],

@@ -19,19 +19,31 @@ MAX_LENGTH = 48
 # every code point, lone surrogates among them, and pieces that tokenizers and templates treat apart
 TEXTS = st.one_of(
     st.text(st.characters(), max_size=20),
-    st.sampled_from(["", " ", "\n\n", "<|endoftext|>", "<|im_start|>", "{{ 1 / 0 }}", "\x00", "\u202e\u200d", "x" * 3000, "\ud800"]),
+    st.sampled_from(
+        ["", " ", "\n\n", "<|endoftext|>", "<|im_start|>", "{{ 1 / 0 }}", "\x00", "\u202e\u200d", "x" * 3000, "\ud800"]
+    ),
 )
 MESSAGES = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool", "?"]), "content": TEXTS | st.none()}), max_size=4
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool", "?"]), "content": TEXTS | st.none()}
+    ),
+    max_size=4,
 )
 GENERATED = st.lists(st.integers(0, 4000) | st.sampled_from([-1, 4096, 2**40]), max_size=5)
 NUMBERS = st.floats() | st.integers(-3, 3) | st.booleans() | st.none()
 ANYTHING = st.recursive(
     TEXTS | NUMBERS | MESSAGES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "a"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "a"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
-SPOKEN = st.lists(st.builds(lambda role, content: {"role": role, "content": content}, st.sampled_from(["user", "assistant"]), TEXTS), min_size=1, max_size=3)
+SPOKEN = st.lists(
+    st.builds(lambda role, content: {"role": role, "content": content}, st.sampled_from(["user", "assistant"]), TEXTS),
+    min_size=1,
+    max_size=3,
+)
 FINITE = st.sampled_from([-1.0, 0.0, 0.5])
 LIKELY = {
     "messages": SPOKEN, "prompt": TEXTS | SPOKEN, "completion": TEXTS | SPOKEN | GENERATED,
@@ -57,10 +69,16 @@ def data_sets(draw):
 
 def encode(tokenizer, rows, loss, truncation):
     rows = list(rows)
-    return list(Encoder(tokenizer, MAX_LENGTH, truncation, loss).encode(rows, [str(i) for i in range(len(rows))], [None] * len(rows)))
+    return list(
+        Encoder(tokenizer, MAX_LENGTH, truncation, loss).encode(
+            rows, [str(i) for i in range(len(rows))], [None] * len(rows)
+        )
+    )
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data_sets(), st.sampled_from(["truncate-prompt", "truncate-completion", "skip", "error"]))
 def test_any_row_becomes_a_sample_with_a_status(tokenizer, rows_and_loss, truncation):
     rows, loss = rows_and_loss
@@ -96,8 +114,18 @@ def test_texts_are_cut_off_from_their_neighbors_in_a_chunk_of_any_size(tokenizer
     "columns",
     [
         {"prompt": [None, "a", "b"], "completion": ["x", None, "y"]},
-        {"messages": [None, [{"role": "user", "content": None}], [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]},
-        {"prompt": ["a", "b", "c"], "completions": [None, ["x", None], ["x", "y"]], "advantages": [[1.0], [1.0, None], [1.0, -1.0]]},
+        {
+            "messages": [
+                None,
+                [{"role": "user", "content": None}],
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            ]
+        },
+        {
+            "prompt": ["a", "b", "c"],
+            "completions": [None, ["x", None], ["x", "y"]],
+            "advantages": [[1.0], [1.0, None], [1.0, -1.0]],
+        },
     ],
 )
 def test_null_rows_and_nulls_inside_rows_of_an_arrow_table_cost_only_themselves(tokenizer, columns):
@@ -109,4 +137,10 @@ def test_null_rows_and_nulls_inside_rows_of_an_arrow_table_cost_only_themselves(
     if layout.format == "rollouts":
         flat = one_row_per_rollout(dataset, layout)
         single = recognize(flat.column_names, ScoreConfig())
-        assert [s.status.split(":")[0] for s in encode(tokenizer, single.rows(flat), single.loss, "skip")] == ["error", "ok", "error", "ok", "ok"]
+        assert [s.status.split(":")[0] for s in encode(tokenizer, single.rows(flat), single.loss, "skip")] == [
+            "error",
+            "ok",
+            "error",
+            "ok",
+            "ok",
+        ]

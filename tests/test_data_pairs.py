@@ -23,7 +23,11 @@ PAIRS = {
     "text that differs inside a word": {"chosen": "The sky is greyish.", "rejected": "The sky is green."},
     "one side begins with the other": {"chosen": "The sky is blue.", "rejected": "The sky is"},
     "an empty side": {"prompt": "The sky is", "chosen": " blue.", "rejected": ""},
-    "a side that ends with the end token": {"prompt": "The sky is", "chosen": " blue.<|endoftext|>", "rejected": " green."},
+    "a side that ends with the end token": {
+        "prompt": "The sky is",
+        "chosen": " blue.<|endoftext|>",
+        "rejected": " green.",
+    },
     "turns on one side": {"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [BAD]},
 }
 GROUP = {"prompt": "Count:", "completions": [" one", " two three"], "advantages": [1.0, -1.0]}
@@ -54,7 +58,9 @@ def test_tokens_and_masks_equal_those_of_the_dpo_trainer(tokenizer, small_llama,
 
 def test_cutting_completions_equals_keep_start_of_the_dpo_trainer(tokenizer, small_llama, tmp_path):
     row = {"prompt": "The sky is", "chosen": " blue on most days", "rejected": " green"}
-    args = DPOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, max_length=6, truncation_mode="keep_start")
+    args = DPOConfig(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, max_length=6, truncation_mode="keep_start"
+    )
     trainer = DPOTrainer(
         model=small_llama, ref_model=small_llama.__class__(small_llama.config), args=args, processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_list([row]),
@@ -96,14 +102,29 @@ def test_stored_reference_log_probabilities_travel_with_their_side(tokenizer):
     ("row", "loss", "status"),
     [
         (PAIRS["plain"] | {"rejected": PAIRS["plain"]["chosen"]}, "dpo", "zero_gradient"),
-        (PAIRS["plain"] | {"reference_chosen": -1.0, "reference_rejected": None}, "dpo", "error: reference_rejected is NoneType"),
+        (
+            PAIRS["plain"] | {"reference_chosen": -1.0, "reference_rejected": None},
+            "dpo",
+            "error: reference_rejected is NoneType",
+        ),
         (PAIRS["plain"] | {"reference_chosen": -1.0}, "dpo", "error: one side of the pair has a reference"),
-        (PAIRS["plain"] | {"reference_chosen": float("nan"), "reference_rejected": 0.0}, "dpo", "error: reference_chosen is nan"),
+        (
+            PAIRS["plain"] | {"reference_chosen": float("nan"), "reference_rejected": 0.0},
+            "dpo",
+            "error: reference_chosen is nan",
+        ),
         (PAIRS["plain"] | {"rejected": None}, "dpo", "error: rejected is NoneType, not text"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "dpo", "error: chosen and rejected share no prompt"),
         ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "dpo", "error: prompt is a conversation"),
         (PAIRS["an empty side"], "rejected", "no_loss_tokens"),
         (GROUP | {"advantages": [0.0, 0.0]}, "policy-gradient", "zero_gradient"),
+        (GROUP | {"completions": [" one", " one"]}, "policy-gradient", "zero_gradient"),
+        (
+            GROUP | {"completions": [" one", " two", " one"], "advantages": [0.1 + 0.2, 0.0, -0.3]},
+            "policy-gradient",
+            "zero_gradient",
+        ),
+        (GROUP | {"completions": [" one", " two", " one"], "advantages": [0.5, -1.0, 0.5]}, "policy-gradient", "ok"),
         (GROUP | {"advantages": [1.0]}, "policy-gradient", "error: completions and advantages differ in number"),
         (GROUP | {"advantages": [1.0, None]}, "policy-gradient", "error: an advantage is NoneType"),
         (GROUP | {"advantages": [1.0, float("inf")]}, "policy-gradient", "error: an advantage is inf"),
@@ -133,7 +154,10 @@ def test_every_side_of_a_pair_has_to_fit(tokenizer):
 
 def test_rollouts_are_text_messages_or_the_very_tokens_that_were_generated(tokenizer):
     (text,) = encode(tokenizer, [GROUP], "policy-gradient")
-    assert [tokenizer.decode(s.input_ids[s.loss_mask]) for s in text.sequences] == [" one<|endoftext|>", " two three<|endoftext|>"]
+    assert [tokenizer.decode(s.input_ids[s.loss_mask]) for s in text.sequences] == [
+        " one<|endoftext|>",
+        " two three<|endoftext|>",
+    ]
     assert [s.advantage for s in text.sequences] == [1.0, -1.0]
     messages = {"prompt": [USER], "completions": [[GOOD], [BAD]], "advantages": [1.0, -1.0]}
     answers = messages | {"completions": [GOOD["content"], BAD["content"]]}
@@ -147,7 +171,9 @@ def test_rollouts_are_text_messages_or_the_very_tokens_that_were_generated(token
 
 def test_groups_taken_apart_hold_the_same_rollouts(tokenizer):
     rows = [GROUP | {"id": "a", "source": "x"}, GROUP | {"prompt": "Again:", "id": "b", "source": "y"}]
-    dataset = datasets.Dataset.from_list([*rows, {"id": "c", "source": "z", "prompt": "None", "completions": None, "advantages": [1.0]}])
+    dataset = datasets.Dataset.from_list(
+        [*rows, {"id": "c", "source": "z", "prompt": "None", "completions": None, "advantages": [1.0]}]
+    )
     config = ScoreConfig(id_column="id")
     groups = recognize(dataset.column_names, config)
     flat = one_row_per_rollout(dataset, groups)
@@ -158,7 +184,9 @@ def test_groups_taken_apart_hold_the_same_rollouts(tokenizer):
     assert flat["source"][:] == ["x", "x", "y", "y", "z"]
     *rollouts, broken = encode(tokenizer, list(single.rows(flat)), "policy-gradient")
     whole = encode(tokenizer, list(groups.rows(dataset)), "policy-gradient")[:2]
-    assert [r.sequences[0].input_ids.tolist() for r in rollouts] == [s.input_ids.tolist() for group in whole for s in group.sequences]
+    assert [r.sequences[0].input_ids.tolist() for r in rollouts] == [
+        s.input_ids.tolist() for group in whole for s in group.sequences
+    ]
     assert broken.status == "error: a completion is NoneType, not text"
 
 

@@ -24,11 +24,19 @@ from selector.types import MEASURES
 PAD = 3
 PAIRS = [
     {"prompt": "The sky is", "chosen": " blue on most days.", "rejected": " green."},
-    {"prompt": "Two and two", "chosen": " make four", "rejected": " are a number of things, depending on who is asked."},
+    {
+        "prompt": "Two and two",
+        "chosen": " make four",
+        "rejected": " are a number of things, depending on who is asked.",
+    },
 ]
 GROUPS = [
     {"prompt": "Count:", "completions": [" one two three", " four", " a b c d e"], "advantages": [1.0, -0.5, -0.5]},
-    {"prompt": "Say something nice.", "completions": [" No.", " You look well today.", " Hm"], "advantages": [-0.7, 1.4, -0.7]},
+    {
+        "prompt": "Say something nice.",
+        "completions": [" No.", " You look well today.", " Hm"],
+        "advantages": [-0.7, 1.4, -0.7],
+    },
 ]
 SETTINGS = {
     "response": LossSettings(),
@@ -40,7 +48,9 @@ SETTINGS = {
 
 
 def encode(tokenizer, rows, loss) -> list[Sample]:
-    return list(Encoder(tokenizer, 512, "error", loss).encode(rows, [str(i) for i in range(len(rows))], [None] * len(rows)))
+    return list(
+        Encoder(tokenizer, 512, "error", loss).encode(rows, [str(i) for i in range(len(rows))], [None] * len(rows))
+    )
 
 
 def samples_for(name, tokenizer) -> list[Sample]:
@@ -48,7 +58,9 @@ def samples_for(name, tokenizer) -> list[Sample]:
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
         return encode(tokenizer, rows, "response")
     if name == "dpo":
-        rows = [row | {"reference_chosen": -12.0 - i, "reference_rejected": -9.5 * (i + 1)} for i, row in enumerate(PAIRS)]
+        rows = [
+            row | {"reference_chosen": -12.0 - i, "reference_rejected": -9.5 * (i + 1)} for i, row in enumerate(PAIRS)
+        ]
         return encode(tokenizer, rows, "dpo")
     return encode(tokenizer, GROUPS, "policy-gradient")
 
@@ -189,7 +201,9 @@ def test_a_reference_model_counts_and_is_left_as_it_was(small_llama, tokenizer):
     samples = encode(tokenizer, PAIRS, "dpo")
     found = {}
     for name, reference in (("itself", None), ("other", other)):
-        extractor = FeatureExtractor(small_llama, find_targets(small_llama), "high", loss=SETTINGS["dpo"], reference=reference)
+        extractor = FeatureExtractor(
+            small_llama, find_targets(small_llama), "high", loss=SETTINGS["dpo"], reference=reference
+        )
         with extractor.attached():
             found[name] = extractor(collate(samples, PAD))[0]
     assert found["itself"]["loss"] == pytest.approx(math.log(2))

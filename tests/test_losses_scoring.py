@@ -21,14 +21,21 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 
 @pytest.fixture
 def pairs() -> datasets.Dataset:
-    rows = [{"prompt": f"Count to {n}:", "chosen": " " + " ".join(WORDS[:n]), "rejected": " no" + " no" * (n % 3)} for n in range(1, 7)]
+    rows = [
+        {"prompt": f"Count to {n}:", "chosen": " " + " ".join(WORDS[:n]), "rejected": " no" + " no" * (n % 3)}
+        for n in range(1, 7)
+    ]
     return datasets.Dataset.from_list(rows)
 
 
 @pytest.fixture
 def groups() -> datasets.Dataset:
     rows = [
-        {"prompt": f"Count to {n}:", "completions": [" ".join(WORDS[: n + k]) for k in range(3)], "advantages": [1.0, -0.5, -0.5]}
+        {
+            "prompt": f"Count to {n}:",
+            "completions": [" ".join(WORDS[: n + k]) for k in range(3)],
+            "advantages": [1.0, -0.5, -0.5],
+        }
         for n in range(1, 5)
     ]
     rows += [{"prompt": "Say:", "completions": ["a", "b", "c"], "advantages": [0.0, 0.0, 0.0]}]
@@ -48,7 +55,11 @@ def other(small_llama):
 
 def test_pairs_are_scored_by_their_dpo_loss_against_the_model_itself(small_llama, tokenizer, pairs, tmp_path, caplog):
     caplog.set_level("INFO", logger="selector")
-    table = score_dataset(small_llama, tokenizer, pairs, tmp_path / "s").to_arrow(["status", "loss", "n_loss_tokens"]).to_pydict()
+    table = (
+        score_dataset(small_llama, tokenizer, pairs, tmp_path / "s")
+        .to_arrow(["status", "loss", "n_loss_tokens"])
+        .to_pydict()
+    )
     assert table["status"] == ["ok"] * len(pairs)
     assert table["loss"] == pytest.approx([math.log(2)] * len(pairs))
     assert "loss = dpo" in caplog.text
@@ -87,7 +98,9 @@ def test_a_group_without_variance_has_a_status_and_is_no_failure(small_llama, to
 def test_a_rollout_alone_has_the_spectrum_of_its_own_likelihood(small_llama, tokenizer, groups, tmp_path, normalizer):
     config = ScoreConfig(unit="rollout", normalizer=normalizer, max_length=256)
     store = score_dataset(small_llama, tokenizer, groups, tmp_path / "s", config)
-    table = store.to_arrow(["row", "status", "effective_rank", "nuclear_norm", "n_loss_tokens"]).sort_by("row").to_pydict()
+    table = (
+        store.to_arrow(["row", "status", "effective_rank", "nuclear_norm", "n_loss_tokens"]).sort_by("row").to_pydict()
+    )
     assert table["status"] == ["ok"] * 12 + ["zero_gradient"] * 3 + ["ok"] * 2
     flat = [{"prompt": g["prompt"], "completion": c} for g in groups for c in g["completions"]]
     plain = score_dataset(small_llama, tokenizer, datasets.Dataset.from_list(flat), tmp_path / "p")
@@ -110,7 +123,9 @@ def test_the_unit_is_recorded_with_the_rows_that_it_means(small_llama, tokenizer
     flat = one_row_per_rollout(groups, recognize(groups.column_names, ScoreConfig()))
     assert len(store.to_arrow(["row"])) == len(flat)
     same = score_dataset(small_llama, tokenizer, flat, tmp_path / "flat")
-    assert sorted(same.to_arrow(["sample_id"])["sample_id"].to_pylist()) == sorted(store.to_arrow(["sample_id"])["sample_id"].to_pylist())
+    assert sorted(same.to_arrow(["sample_id"])["sample_id"].to_pylist()) == sorted(
+        store.to_arrow(["sample_id"])["sample_id"].to_pylist()
+    )
 
 
 @pytest.mark.parametrize("change", [{"loss": "chosen"}, {"beta": 0.5}])

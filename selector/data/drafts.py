@@ -33,6 +33,11 @@ class Encoded(NamedTuple):
     input_ids: Int32[np.ndarray, " T"]
     loss_mask: Bool[np.ndarray, " T"]
 
+    @property
+    def size(self) -> int:
+        """How many tokens it holds."""
+        return len(self.input_ids)
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Draft:
@@ -51,6 +56,11 @@ class Draft:
         yield self.whole
         for span in self.spans:
             yield from (text for text in span if text is not None)
+
+    @property
+    def size(self) -> int:
+        """How many characters are to be tokenized."""
+        return sum(map(len, self.texts()))
 
     def encode(self, tokens: Mapping[str, Int32[np.ndarray, " _"]]) -> Encoded:
         """Put the tokens together.
@@ -132,7 +142,9 @@ class Writer:
         ended = completion if completion.endswith(end) or not (completion or self.end_empty) else completion + end
         return Draft((prompt or "") + ended, ((prompt, None),))
 
-    def _generated(self, prompt: str | list[Message] | None, completion: tuple[int, ...], row: Mapping[str, Any]) -> Draft:
+    def _generated(
+        self, prompt: str | list[Message] | None, completion: tuple[int, ...], row: Mapping[str, Any]
+    ) -> Draft:
         if completion and not 0 <= min(completion) <= max(completion) < len(self.tokenizer):
             raise DataError(f"a completion holds tokens outside of the tokenizer's 0 to {len(self.tokenizer) - 1}")
         if isinstance(prompt, list):
@@ -143,7 +155,9 @@ class Writer:
     def _assistant_turns(self, messages: list[Message], arguments: dict[str, Any]) -> Draft | Encoded:
         """A conversation with loss on what the assistant says."""
         if self._marks_generations(arguments):
-            encoded = self._apply(messages, arguments, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+            encoded = self._apply(
+                messages, arguments, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
             return Encoded(np.array(encoded["input_ids"], np.int32), np.array(encoded["assistant_masks"], bool))
         whole = self._render(messages, arguments)
         spans: list[tuple[str | None, str | None]] = []

@@ -148,7 +148,10 @@ def _messages(value: Any, role: str) -> list[Message]:
         if content is None and not message.get("tool_calls"):
             raise DataError(f"{role} holds a message without content")
         # some templates render anything else as nothing
-        if not (isinstance(content, str | None) or (isinstance(content, list) and all(isinstance(c, Mapping) for c in content))):
+        if not (
+            isinstance(content, str | None)
+            or (isinstance(content, list) and all(isinstance(c, Mapping) for c in content))
+        ):
             raise DataError(f"{role} holds a message whose content is {_kind(content)}, not text")
         messages.append({key: item for key, item in message.items() if item is not None})
     return messages

@@ -117,7 +117,11 @@ def recognize(columns: Sequence[str], config: ScoreConfig) -> Layout:
     for setting, column in settings.items():
         if column is not None and column not in columns:
             problems.append(
-                DataError(f"{setting}: the data set has no column {column!r}", allowed=", ".join(columns), fix=did_you_mean(column, columns) or "name another column")
+                DataError(
+                    f"{setting}: the data set has no column {column!r}",
+                    allowed=", ".join(columns),
+                    fix=did_you_mean(column, columns) or "name another column",
+                )
             )
     raise_all(problems)
     candidates = _candidates(config)

@@ -29,7 +29,11 @@ def one_row_per_rollout(dataset: datasets.Dataset, layout: Layout) -> datasets.D
         taken: dict[str, list[Any]] = {name: [] for name in (*columns, "completion", "advantage", "group")}
         groups = zip(batch[layout.columns["completions"]], batch[layout.columns["advantages"]], strict=True)
         for i, (completions, advantages) in enumerate(groups):
-            whole = isinstance(completions, list) and isinstance(advantages, list) and len(completions) == len(advantages) > 0
+            whole = (
+                isinstance(completions, list)
+                and isinstance(advantages, list)
+                and len(completions) == len(advantages) > 0
+            )
             rollouts = list(zip(completions, advantages, strict=True)) if whole else [(None, None)]
             for number, (completion, advantage) in enumerate(rollouts):
                 for name, column in columns.items():
@@ -41,5 +45,10 @@ def one_row_per_rollout(dataset: datasets.Dataset, layout: Layout) -> datasets.D
         return taken
 
     return dataset.map(
-        take_apart, with_indices=True, batched=True, batch_size=100, remove_columns=dataset.column_names, desc="taking groups apart"
+        take_apart,
+        with_indices=True,
+        batched=True,
+        batch_size=100,
+        remove_columns=dataset.column_names,
+        desc="taking groups apart",
     )

@@ -7,6 +7,7 @@ Rollouts given as text are taken to have ended; only tokens can say that one was
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 CHARACTERS_TOGETHER = 2_000_000
 """Texts are tokenized together until they reach this size; tokens take about ten times the memory before they are packed."""
+
+CANCELLED = 1e-6
+"""Sums of advantages below this share of the largest are rounding."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -82,7 +86,9 @@ class Encoder:
     truncation: Truncation
     loss: LossName = "response"
 
-    def encode(self, rows: Iterable[Mapping[str, Any]], ids: Sequence[str], sources: Sequence[str | None]) -> Iterator[Sample]:
+    def encode(
+        self, rows: Iterable[Mapping[str, Any]], ids: Sequence[str], sources: Sequence[str | None]
+    ) -> Iterator[Sample]:
         """Encode row after row.
 
         Args:
@@ -104,7 +110,7 @@ class Encoder:
             except DataError as error:
                 entry.problem = error.problem
             waiting.append(entry)
-            characters += sum(len(text) for draft in entry.drafts if isinstance(draft, Draft) for text in draft.texts())
+            characters += sum(draft.size for draft in entry.drafts)
             if characters >= CHARACTERS_TOGETHER:
                 yield from self._samples(waiting)
                 waiting, characters = [], 0
@@ -114,21 +120,28 @@ class Encoder:
         """Tokenize the texts of many rows at once, each different one once."""
         drafts = [draft for entry in waiting if not entry.problem for draft in entry.drafts if isinstance(draft, Draft)]
         tokens = {
-            template: self._tokenize(dict.fromkeys(text for draft in drafts if draft.template == template for text in draft.texts()), template)
+            template: self._tokenize(
+                dict.fromkeys(text for draft in drafts if draft.template == template for text in draft.texts()),
+                template,
+            )
             for template in (False, True)
         }
         for entry in waiting:
             if entry.problem:
                 yield Sample(entry.sample_id, entry.row, entry.source, (), status=f"error: {entry.problem}")
                 continue
-            encoded = [draft.encode(tokens[draft.template]) if isinstance(draft, Draft) else draft for draft in entry.drafts]
+            encoded = [
+                draft.encode(tokens[draft.template]) if isinstance(draft, Draft) else draft for draft in entry.drafts
+            ]
             yield self._sample(entry, encoded)
 
     def _tokenize(self, texts: Iterable[str], template: bool) -> dict[str, Int32[np.ndarray, " _"]]:
         texts = list(texts)
         if not texts:
             return {}
-        encoded = self.tokenizer(texts, add_special_tokens=not template, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = self.tokenizer(texts, add_special_tokens=not template, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
         return {text: np.array(ids, dtype=np.int32) for text, ids in zip(texts, encoded, strict=True)}  # pyright: ignore[reportArgumentType]
 
     def _sample(self, entry: _Row, encoded: list[Encoded]) -> Sample:
@@ -167,7 +180,7 @@ class Encoder:
         with_loss = [sequence.loss_mask.any() for sequence in sequences]
         if not (all(with_loss) if self.loss == "dpo" else any(with_loss)):
             return "no_loss_tokens"
-        if self.loss == "policy-gradient" and not any(s.advantage for s, some in zip(sequences, with_loss, strict=True) if some):
+        if self.loss == "policy-gradient" and _cancel(sequences):
             return "zero_gradient"
         if self.loss == "dpo" and np.array_equal(sequences[0].input_ids, sequences[1].input_ids):
             return "zero_gradient"
@@ -184,6 +197,16 @@ class _Row:
     exchanges: list[Exchange] = field(default_factory=list)
     drafts: list[Draft | Encoded] = field(default_factory=list)
     problem: str = ""
+
+
+def _cancel(rollouts: list[TokenSequence]) -> bool:
+    """Whether the gradients of a group's rollouts add up to zero: no advantages, or equal rollouts with opposite ones."""
+    totals: defaultdict[bytes, float] = defaultdict(float)
+    for rollout in rollouts:
+        if rollout.loss_mask.any():
+            totals[rollout.input_ids.tobytes() + rollout.loss_mask.tobytes()] += rollout.advantage or 0.0
+    largest = max(abs(rollout.advantage or 0.0) for rollout in rollouts)
+    return all(abs(total) <= CANCELLED * largest for total in totals.values())
 
 
 def _first_loss_token(mask: Bool[np.ndarray, " T"]) -> int:

@@ -128,7 +128,9 @@ def sequence_log_probs(logits: Float[Tensor, "S T V"], batch: Batch) -> Float[Te
     return log_probs.new_zeros(len(predicted)).index_add(0, sequence, log_probs)
 
 
-def sample_losses(logits: Float[Tensor, "S T V"], batch: Batch, settings: LossSettings = RESPONSE) -> Float[Tensor, " N"]:
+def sample_losses(
+    logits: Float[Tensor, "S T V"], batch: Batch, settings: LossSettings = RESPONSE
+) -> Float[Tensor, " N"]:
     """Loss of each sample of a batch.
 
     Args:
