@@ -80,7 +80,7 @@ def duplicate_labels(
             joined = np.flatnonzero(local != np.arange(len(local)))
             return np.stack([inside[joined], inside[local[joined]]])
 
-        filled = np.flatnonzero(members)
+        filled = np.flatnonzero(members).tolist()
         for start in range(0, len(filled), CELLS):
             found = np.concatenate(list(pool.map(links, filled[start : start + CELLS])), axis=1)
             join(labels, found[0], found[1])
