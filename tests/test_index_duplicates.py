@@ -17,7 +17,7 @@ def plain_labels(vectors: np.ndarray, radius: float) -> np.ndarray:
     x = vectors.astype(np.float64)
     close = ((x[:, None] - x[None]) ** 2).sum(axis=2) <= radius**2
     labels = np.arange(len(x))
-    while not np.array_equal(smaller := np.where(close, labels, len(x)).min(axis=1), labels):
+    while not np.array_equal(smaller := np.where(close, labels, len(x)).min(axis=1, initial=len(x)), labels):
         labels = smaller
     return labels
 
