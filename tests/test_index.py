@@ -9,6 +9,7 @@ import pytest
 
 from selector.errors import GradientIndexError
 from selector.index import Filter, GradientIndex
+from selector.neighbours import Neighbours
 
 
 def pool(count: int, dimensions: int = 24, seed: int = 0) -> np.ndarray:
@@ -129,3 +130,108 @@ def test_manifest_names_every_file_and_nothing_else_stays(tmp_path):
     index.save(tmp_path)
     listed = {entry["name"] for entry in json.loads((tmp_path / "manifest.json").read_text())["files"].values()}
     assert {file.name for file in tmp_path.iterdir()} == listed | {"manifest.json"}
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "ivf-sq8", "ivf-pq"])
+def test_recall_reached_is_the_recall_reported(kind):
+    vectors, queries = pool(22_000, 32), pool(300, 32, seed=0)
+    index = GradientIndex.from_vectors(names(22_000), vectors, kind=kind)
+    assert index.plan.recall >= 0.99
+    truth = np.argsort(-brute_force(queries, vectors, "cosine"), axis=1)[:, :10]
+    found = index.search(queries, 10).lists.positions.reshape(300, 10)
+    recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)])
+    assert recall >= 0.98
+
+
+def test_flat_energy_is_searched_whole_and_says_so():
+    vectors = np.random.default_rng(0).normal(size=(21_000, 16)).astype(np.float32)
+    index = GradientIndex.from_vectors(names(21_000), vectors, kind="flat")
+    assert index.plan.leading == 16
+    assert "searched whole: a quarter of the dimensions holds only 0.5" in index.description
+
+
+@pytest.mark.parametrize("kind", ["ivf", "ivf-pq"])
+def test_rare_members_are_found_through_a_filter(kind, monkeypatch):
+    monkeypatch.setattr("selector.index.pool.FEW", 0)
+    source = np.where(np.arange(4000) % 97 == 0, "rare", "common")
+    index = GradientIndex.from_vectors(names(4000), pool(4000), {"source": source}, kind=kind)
+    for ids, _ in index.search(pool(20, seed=1), 60, where=Filter(sources=["rare"])):
+        assert len(ids) == 42
+        assert {int(i.split("-")[1]) % 97 for i in ids} == {0}
+
+
+def test_filter_names_what_is_missing():
+    index = GradientIndex.from_vectors(
+        names(3), np.eye(3, dtype=np.float32), {"n_tokens": [1, 2, None], "source": ["a", "b", "c"]}
+    )
+    assert index.search(np.ones((1, 3)), where=Filter(ranges={"n_tokens": (None, None)})).ids.size == 3
+    assert index.search(np.ones((1, 3)), where=Filter(ranges={"n_tokens": (1, None)})).ids.size == 2
+    with pytest.raises(GradientIndexError, match="did you mean 'n_tokens'"):
+        index.search(np.ones((1, 3)), where=Filter(ranges={"n_token": (1, None)}))
+    with pytest.raises(GradientIndexError, match="'source' has no range"):
+        index.search(np.ones((1, 3)), where=Filter(ranges={"source": (1, None)}))
+
+
+@pytest.mark.parametrize(
+    ("ids", "vectors", "options", "message"),
+    [
+        (["a", "a"], np.eye(2), {}, "ids are not unique"),
+        (["a", "b"], np.eye(3), {}, "ids and metadata do not fit"),
+        (["a", "b"], [[1, 0], [0, 0]], {}, "cannot be compared"),
+        (["a", "b"], [[1, 0], [0, np.inf]], {"metric": "l2"}, "cannot be compared"),
+        (["a", "b"], np.eye(2), {"recall": 1.0}, "recall is out of range"),
+        (["a", "b"], np.eye(2), {"kind": "ivf"}, "the pool is too small"),
+        (["a", "b"], np.eye(2), {"kind": "ivf", "backend": "torch"}, "takes FAISS"),
+    ],
+)
+def test_what_cannot_be_indexed_is_refused(ids, vectors, options, message):
+    with pytest.raises(GradientIndexError, match=message):
+        GradientIndex.from_vectors(ids, np.asarray(vectors, dtype=np.float32), **options)
+
+
+def test_unknown_ids_and_other_spaces_are_refused():
+    index = GradientIndex.from_vectors(["a", "b"], np.eye(2, dtype=np.float32))
+    with pytest.raises(GradientIndexError, match="1 ids are not in the index\n  got:     c"):
+        index.search_ids(["a", "c"])
+    with pytest.raises(GradientIndexError, match="vectors have the wrong shape"):
+        index.search(np.ones((1, 3)))
+    with pytest.raises(GradientIndexError, match="k is out of range"):
+        index.search(np.ones((1, 2)), 0)
+    with pytest.raises(GradientIndexError, match="the metadata has other columns"):
+        index.add(["c"], np.ones((1, 2)), {"source": ["x"]})
+
+
+def test_directory_in_use_by_something_else_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(GradientIndexError, match="in use by something else"):
+        GradientIndex.from_vectors(["a"], np.ones((1, 2))).save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_interrupted_save_leaves_the_old_index(tmp_path, monkeypatch):
+    old = GradientIndex.from_vectors(["a", "b"], np.eye(2, dtype=np.float32))
+    old.save(tmp_path)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("selector.index.storage.write_atomically", stop)
+    old.add(["c"], np.ones((1, 2)))
+    with pytest.raises(KeyboardInterrupt):
+        old.save(tmp_path)
+    assert len(GradientIndex.open(tmp_path)) == 2
+
+
+def test_positions_of_the_index_serve_policies():
+    assert isinstance(GradientIndex.from_vectors(["a"], np.ones((1, 2))), Neighbours)
+
+
+@pytest.mark.gpu
+def test_cuda_answers_as_the_cpu_does():
+    vectors, queries = pool(30_000, 64), pool(200, 64, seed=1)
+    found = [
+        GradientIndex.from_vectors(names(30_000), vectors, kind="flat", device=device).search(queries, 10)
+        for device in ("cpu", "cuda")
+    ]
+    np.testing.assert_array_equal(found[0].ids, found[1].ids)
+    np.testing.assert_array_equal(found[0].lists.similarities, found[1].lists.similarities)

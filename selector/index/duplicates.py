@@ -42,13 +42,13 @@ BALLS = 32
 """Most balls that are joined."""
 
 ELEMENTS = 1 << 22
-"""Most distances that are held at once."""
+"""Most distances to centroids that are held at once."""
 
 CELLS = 256
 """Cells whose links are collected before they are joined."""
 
-BLOCK = 512
-"""Rows of a cell that are compared at once."""
+BLOCK, COLUMNS = 512, 8192
+"""Rows and columns of a cell that are compared at once."""
 
 
 def duplicate_labels(
@@ -152,30 +152,36 @@ def _cells(
 def _components(x: Float32[Tensor, "T R"], members: int, radius: float, leading: int) -> Int64[np.ndarray, " T"]:
     """Components among the vectors of a cell, by pairs of which at least one is a member; members come first."""
     labels = np.arange(len(x))
-    order = labels
+    order = labels.copy()
     if len(x) > CROWDED:
         _join_balls(x, labels, radius, leading)
-        order = np.concatenate(
-            [np.argsort(labels[:members], kind="stable"), members + np.argsort(labels[members:], kind="stable")]
-        )
-        x = x[torch.from_numpy(order).to(x.device)]
-    step = min(BLOCK, max(1, ELEMENTS // len(x)))
-    for start in range(0, members, step):
-        rows, columns = order[start : min(start + step, members)], order[start:]
-        chosen = slice(start, None)
+        order = np.lexsort((labels, order >= members))
+    for start in range(0, members, BLOCK):
+        rows, columns = order[start : min(start + BLOCK, members)], order[start:]
         if len(x) > CROWDED and (labels[rows] == labels[rows[0]]).all():
-            chosen = start + np.flatnonzero(labels[columns] != labels[rows[0]])
-            columns = order[chosen]
-            chosen = torch.from_numpy(chosen).to(x.device)
-        y = x[chosen]
-        i, j = propose_pairs(x[start : start + len(rows)], y, radius, leading)
-        while len(i):
-            apart = labels[rows[i]] != labels[columns[j]]
-            i, j = i[apart], j[apart]
-            close = settle_pairs(x[start:], y, i[:SETTLED], j[:SETTLED]) <= radius**2
-            join(labels, rows[i[:SETTLED][close]], columns[j[:SETTLED][close]])
-            i, j = i[SETTLED:], j[SETTLED:]
+            columns = columns[labels[columns] != labels[rows[0]]]
+        for left in range(0, len(columns), COLUMNS):
+            _join_close(x, labels, rows, columns[left : left + COLUMNS], radius, leading)
     return labels
+
+
+def _join_close(
+    x: Float32[Tensor, "T R"],
+    labels: Int64[np.ndarray, " T"],
+    rows: Int64[np.ndarray, " A"],
+    columns: Int64[np.ndarray, " B"],
+    radius: float,
+    leading: int,
+) -> None:
+    """Join every close pair of a block; pairs that others have joined meanwhile are not settled."""
+    a, b = (x[torch.from_numpy(part).to(x.device)] for part in (rows, columns))
+    i, j = propose_pairs(a, b, radius, leading)
+    while len(i):
+        apart = labels[rows[i]] != labels[columns[j]]
+        i, j = i[apart], j[apart]
+        close = settle_pairs(a, b, i[:SETTLED], j[:SETTLED]) <= radius**2
+        join(labels, rows[i[:SETTLED][close]], columns[j[:SETTLED][close]])
+        i, j = i[SETTLED:], j[SETTLED:]
 
 
 def _join_balls(x: Float32[Tensor, "T R"], labels: Int64[np.ndarray, " T"], radius: float, leading: int) -> None:

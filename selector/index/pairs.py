@@ -46,6 +46,8 @@ def propose_pairs(
     Returns:
         Row numbers in x and in y, ordered by x, then y.
     """
+    if len(x) == 0 or len(y) == 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     x, y = x[:, :leading], y[:, :leading]
     lengths, others = x.square().sum(dim=1, keepdim=True), y.square().sum(dim=1, keepdim=True)
     one, another = torch.ones_like(lengths), torch.ones_like(others)

@@ -55,8 +55,8 @@ class Standardization:
         logs = _logarithms(features, tuple(features))
         missing = np.isnan(logs)
         known = np.ma.masked_array(logs, missing)
-        center = known.mean(axis=0) if method == "z" else np.ma.median(known, axis=0)
-        spread = known.std(axis=0)
+        center = known.mean(axis=0, dtype=np.float64) if method == "z" else np.ma.median(known, axis=0)
+        spread = known.std(axis=0, dtype=np.float64)
         if method == "robust":
             deviation = MAD_TO_SIGMA * np.ma.median(np.ma.abs(known - center), axis=0)
             spread = np.ma.where(deviation > 0, deviation, spread)
