@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from exact_neighbours import ExactNeighbours
 
-from selector.errors import ConfigError, SelectionError
+from selector.errors import ConfigError, GradientIndexError, SelectionError
 from selector.index import GradientIndex
 from selector.scores import write_scores
 from selector.selecting import compare, matched_random, select
@@ -88,6 +88,10 @@ class Index:
         self.vectors = (vectors[self.order] @ self.turn).astype(np.float32)
         self._exact = ExactNeighbours(self.vectors)
 
+    def positions(self, ids):
+        place = {sample_id: i for i, sample_id in enumerate(self.ids)}
+        return np.array([place[sample_id] for sample_id in ids], dtype=np.int64)
+
     def project(self, vectors):
         return (vectors @ self.turn).astype(np.float32)
 
@@ -159,8 +163,8 @@ def test_targets_by_id_are_matched_and_not_picked(indexed):
 
 def test_samples_that_the_index_does_not_hold_are_named(indexed):
     scores, vectors, _ = indexed
-    with pytest.raises(SelectionError, match="not in the index"):
-        select(scores, budget=6, policy="k-center", index=Index(scores.ids[:40], vectors[:40]))
+    with pytest.raises(GradientIndexError, match="not in the index"):
+        select(scores, budget=6, policy="k-center", index=GradientIndex.from_vectors(scores.ids[:40], vectors[:40]))
     with pytest.raises(SelectionError, match="needs vectors"):
         select(scores, budget=6, policy="match-target", target=scores.ids[:1].tolist())
     with pytest.raises(SelectionError, match="do not fit"):
