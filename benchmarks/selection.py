@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,6 +34,7 @@ SHARES = {"code": 0.3, "math": 0.3, "chat": 0.2, "science": 0.1, "safety": 0.05,
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Wall-clock seconds of some work, and its result."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
@@ -48,9 +50,11 @@ def make_table(path: Path, n: int) -> None:
     values = rng.normal(size=n)
     values[rng.random(n) < 0.01] = np.nan
     numbers = pa.array(rng.permutation(n)).cast(pa.string())
-    ids = pa.compute.binary_join_element_wise("sample", pa.compute.utf8_lpad(numbers, 8, "0"), "-")  # type: ignore[attr-defined]
+    ids = pc.binary_join_element_wise("sample", pc.utf8_lpad(numbers, 8, "0"), "-")  # pyright: ignore[reportAttributeAccessIssue]
     source = np.array(SOURCES, dtype=object)[rng.choice(6, n, p=[0.1, 0.15, 0.5, 0.05, 0.05, 0.15])]
-    scores = Scores(ids.to_numpy(zero_copy_only=False), np.arange(n), values, np.exp(values), n_tokens, n_tokens // 2, source)
+    scores = Scores(
+        ids.to_numpy(zero_copy_only=False), np.arange(n), values, np.exp(values), n_tokens, n_tokens // 2, source
+    )
     write_scores(path, {"effective_rank": scores})
 
 
@@ -79,12 +83,15 @@ def row_table_pandas(folder: Path, n: int) -> dict[str, Any]:
     import pandas as pd
 
     def work() -> int:
-        frame = pd.read_parquet(folder / "scores.parquet", columns=["sample_id", "source", "n_tokens", "effective_rank"])
+        frame = pd.read_parquet(
+            folder / "scores.parquet", columns=["sample_id", "source", "n_tokens", "effective_rank"]
+        )
         frame = frame.dropna(subset=["effective_rank"])
         limit, picked = 0.1 * frame["n_tokens"].sum(), 0
         for name, share in SHARES.items():
-            part = frame[frame["source"] == name].sort_values(["effective_rank", "sample_id"], ascending=[False, True])
-            picked += int((part["n_tokens"].cumsum() <= share * limit).sum())
+            part = frame.loc[frame["source"] == name]
+            part = part.sort_values("sample_id").sort_values("effective_rank", ascending=False, kind="stable")
+            picked += int(np.sum(part["n_tokens"].to_numpy().cumsum() <= share * limit))
         return picked
 
     seconds, picked = timed(work)
@@ -93,35 +100,43 @@ def row_table_pandas(folder: Path, n: int) -> dict[str, Any]:
 
 def make_store(folder: Path, n: int, shard_rows: int = 8192) -> None:
     """A feature store of n rows and 16 layers x 7 projections, of which only one measure differs from row to row."""
-    import hashlib
-
-    from selector.store.schema import METADATA_KEY, SHARDS, Manifest, shard_schema
-    from selector.store.writer import create_or_check
+    from selector.store import StoreWriter
+    from selector.store.schema import Manifest
+    from selector.store.writer import create
     from selector.types import MEASURES, PROJECTIONS, LayerSpec
 
-    layers = tuple(LayerSpec(name=f"layers.{i}.{p}", layer=i, projection=p, in_features=64, out_features=64) for i in range(16) for p in PROJECTIONS)
-    manifest = create_or_check(folder, Manifest(identity={"model": "made up"}, layers=layers, expected=n))
-    schema = shard_schema(len(layers)).with_metadata({METADATA_KEY: json.dumps({"store": manifest.fingerprint}).encode()})
+    layers = tuple(
+        LayerSpec(name=f"layers.{i}.{p}", layer=i, projection=p, in_features=64, out_features=64)
+        for i in range(16)
+        for p in PROJECTIONS
+    )
+    manifest = Manifest(identity={"model": "made up"}, layers=layers, expected=n)
+    create(folder, manifest)
+    writer = StoreWriter(folder, manifest)
     rng = np.random.default_rng(0)
-    for shard, first in enumerate(range(0, n, shard_rows)):
+    for first in range(0, n, shard_rows):
         rows = np.arange(first, min(first + shard_rows, n))
         n_loss = np.exp(rng.uniform(np.log(8), np.log(1024), len(rows))).astype(np.int32)
         n_tokens = n_loss + np.exp(rng.uniform(np.log(8), np.log(512), len(rows))).astype(np.int32)
         ranks = n_tokens[:, None] ** 0.7 * np.exp(rng.normal(size=(len(rows), len(layers)), scale=0.2))
-        column = pa.FixedSizeListArray.from_arrays(pa.array(ranks.astype(np.float32).ravel()), len(layers))
-        other = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(ranks.size, dtype=np.float32)), len(layers))
-        table = pa.table(
-            [
-                pa.array([f"sample-{i:08d}" for i in rows]), pa.array(rows), pa.array(np.array(SOURCES, dtype=object)[rows % 6]), pa.array(n_tokens), pa.array(n_loss),
-                pa.array(np.zeros(len(rows), dtype=bool)), pa.array(["ok"] * len(rows)), pa.array(np.ones(len(rows), dtype=np.float32)),
-                *(column if name == "effective_rank" else other for name in MEASURES),
-            ],
-            schema=schema,
-        )  # fmt: skip
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", use_dictionary=["source", "status"])
-        content = sink.getvalue().to_pybytes()
-        (folder / SHARDS / f"00000-{shard:06d}-{hashlib.sha256(content).hexdigest()[:16]}.parquet").write_bytes(content)
+        known = {
+            "sample_id": [f"sample-{i:08d}" for i in rows],
+            "row": rows,
+            "source": np.array(SOURCES, dtype=object)[rows % 6],
+            "n_tokens": n_tokens,
+            "n_loss_tokens": n_loss,
+            "truncated": np.zeros(len(rows), dtype=bool),
+            "status": ["ok"] * len(rows),
+            "loss": np.ones(len(rows), dtype=np.float32),
+            **{
+                name: list((ranks if name == "effective_rank" else np.ones_like(ranks)).astype(np.float32))
+                for name in MEASURES
+            },
+        }
+        columns = [
+            pa.array(known[f.name], f.type) if f.name in known else pa.nulls(len(rows), f.type) for f in writer.schema
+        ]
+        writer.write(pa.Table.from_arrays(columns, schema=writer.schema))
 
 
 def row_features(folder: Path, n: int) -> dict[str, Any]:
@@ -197,7 +212,14 @@ def row_facility_value(folder: Path, n: int, picks: int = 250) -> dict[str, Any]
 
     exact_seconds, exact = value(n - 1)
     ratios = {f"value at k={k}": value(k)[1] / exact for k in (8, 16, 32, 64)}
-    return {"seconds": exact_seconds, "goal": ">= 0.99 of exact", "reached": ratios["value at k=16"] >= 0.99, "rows": n, "picked": picks, **ratios}
+    return {
+        "seconds": exact_seconds,
+        "goal": ">= 0.99 of exact",
+        "reached": ratios["value at k=16"] >= 0.99,
+        "rows": n,
+        "picked": picks,
+        **ratios,
+    }
 
 
 ROWS: dict[str, tuple[Callable[[Path, int], dict[str, Any]], int]] = {
@@ -213,7 +235,8 @@ ROWS: dict[str, tuple[Callable[[Path, int], dict[str, Any]], int]] = {
 
 def in_child(work: Callable[[Path, int], dict[str, Any]], folder: Path, n: int, queue: Any) -> None:
     """Run one row and report its result with the peak memory of this process."""
-    result = work(folder, n)
+    start = time.process_time()
+    result = {**work(folder, n), "CPU seconds, all": time.process_time() - start}
     # the high-water mark of this process alone; what getrusage tells is inherited from the parent
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     queue.put({**result, "peak GB": int(line.split()[1]) / 1e6})
@@ -264,7 +287,9 @@ def write(results: dict[str, dict[str, Any]]) -> None:
         reached = {True: "yes", False: "no", None: ""}[result["reached"]]
         rest = {k: v for k, v in result.items() if k not in ("seconds", "peak GB", "goal", "reached")}
         details = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
-        lines.append(f"| {name} | {result['seconds']:.2f} | {result['peak GB']:.2f} | {result['goal']} | {reached} | {details} |")
+        lines.append(
+            f"| {name} | {result['seconds']:.2f} | {result['peak GB']:.2f} | {result['goal']} | {reached} | {details} |"
+        )
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print(f"written to {stem}.json and .md")
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from exact_neighbours import ExactNeighbours
+from test_scores import make_store
 
-from selector.errors import ConfigError, SelectionError
+from selector.errors import ConfigError, GradientIndexError, SelectionError
 from selector.index import GradientIndex
-from selector.scores import write_scores
+from selector.scores import Aggregation, score, write_scores
 from selector.selecting import compare, matched_random, select
 from selector.selecting.run import VectorIndex
 from selector.selecting.shortlist import within_reach
@@ -30,6 +31,15 @@ def test_a_selection_carries_what_made_it(tmp_path):
     assert sum(counts["picked_tokens"] for counts in sources.values()) == selection.n_tokens.sum()
     selection.save(tmp_path / "selection.parquet")
     assert Selection.load(tmp_path / "selection.parquet").provenance == selection.provenance
+
+
+def test_a_store_is_scored_and_selected_from_in_one_call(tmp_path):
+    store, _ = make_store(tmp_path / "features", n=60, failed={3})
+    selection = select(store, "nuclear_norm", 10, control="none", aggregation=Aggregation(last=1))
+    expected = select(score(store, "nuclear_norm", control="none", aggregation=Aggregation(last=1)), budget=10)
+    assert selection.ids.tolist() == expected.ids.tolist()
+    assert selection.provenance["scores"]["store"] == store.manifest.fingerprint
+    assert (np.diff(selection.scores) <= 0).all()
 
 
 def test_rows_and_ids_belong_together():
@@ -87,6 +97,10 @@ class Index:
         self.turn = np.linalg.qr(np.random.default_rng(8).normal(size=(vectors.shape[1],) * 2))[0]
         self.vectors = (vectors[self.order] @ self.turn).astype(np.float32)
         self._exact = ExactNeighbours(self.vectors)
+
+    def positions(self, ids):
+        place = {sample_id: i for i, sample_id in enumerate(self.ids)}
+        return np.array([place[sample_id] for sample_id in ids], dtype=np.int64)
 
     def project(self, vectors):
         return (vectors @ self.turn).astype(np.float32)
@@ -159,8 +173,8 @@ def test_targets_by_id_are_matched_and_not_picked(indexed):
 
 def test_samples_that_the_index_does_not_hold_are_named(indexed):
     scores, vectors, _ = indexed
-    with pytest.raises(SelectionError, match="not in the index"):
-        select(scores, budget=6, policy="k-center", index=Index(scores.ids[:40], vectors[:40]))
+    with pytest.raises(GradientIndexError, match="not in the index"):
+        select(scores, budget=6, policy="k-center", index=GradientIndex.from_vectors(scores.ids[:40], vectors[:40]))
     with pytest.raises(SelectionError, match="needs vectors"):
         select(scores, budget=6, policy="match-target", target=scores.ids[:1].tolist())
     with pytest.raises(SelectionError, match="do not fit"):

@@ -28,9 +28,8 @@ from selector.types import Picks, Scores
 class VectorIndex(Neighbours, Protocol):
     """What is asked of an index: `selector.index.GradientIndex` is one."""
 
-    @property
-    def ids(self) -> np.ndarray:
-        """[N] str, by position."""
+    def positions(self, ids: Sequence[str]) -> np.ndarray:
+        """Position of each sample id; an error names those that are not there."""
         ...
 
     @property
@@ -84,7 +83,8 @@ def select(
 
     Raises:
         ConfigError: unknown policy, score or option, or a budget that cannot be read.
-        SelectionError: nothing has a score, or a sample or target is not in the index.
+        SelectionError: nothing has a score, or a target is not in the pool.
+        GradientIndexError: a sample or target is not in the index.
     """
     parsed = Budget.parse(budget)
     settings = {"policy": policy, "options": options, "budget": str(parsed), "seed": seed}
@@ -128,13 +128,13 @@ def _attach(
         )
 
     def attach(pool: Pool, kept: np.ndarray) -> Pool:
-        members = None if index is None else find(pool.ids, index.ids, "the index")
+        members = None if index is None else index.positions(pool.ids.tolist())
         found = target
         if found is not None and not isinstance(found, np.ndarray):
             if vectors is not None:
                 found = vectors[find(np.array(found, dtype=object), scores.ids, "the pool")]
             elif index is not None:
-                found = index.vectors[find(np.array(found, dtype=object), index.ids, "the index")]
+                found = index.vectors[index.positions(list(found))]
             else:
                 raise SelectionError("a target of sample ids needs vectors", fix="pass index=... or vectors=...")
         elif found is not None and vectors is None and index is not None:
