@@ -26,17 +26,16 @@ from transformers.trainer_utils import get_last_checkpoint
 from selector.errors import IntegrationError, SelectorError, did_you_mean, raise_all
 from selector.integrations._rollouts import keeps_rollouts, restore_rollouts, save_rollouts
 from selector.integrations._rows import dataset_ids
+from selector.integrations._tap import SAMPLE_COLUMN, Tap, tap_problem
 from selector.sampling.adaptive import AdaptiveSampler
 from selector.sampling.order import Groups
 from selector.sampling.sampler import NO_REPEATS, SelectionSampler
 from selector.sampling.signals import FocusSignal, RewardSignal
+from selector.sampling.spectral import SpectrumSignal
 from selector.sampling.state import load_state, save_state
 from selector.selection import Selection
 
 T = TypeVar("T", bound=Trainer)
-
-SAMPLE_COLUMN = "selector_sample_id"
-"""Column that tells rewards which prompt they belong to."""
 
 
 def attach(
@@ -45,7 +44,7 @@ def attach(
     *,
     curriculum: str | None = None,
     strata: str | Shaped[np.ndarray, " K"] | None = None,
-    online: RewardSignal | FocusSignal | str | None = None,
+    online: RewardSignal | FocusSignal | SpectrumSignal | str | None = None,
     coverage: float = 0.25,
     id_column: str | None = None,
     seed: int | None = None,
@@ -59,8 +58,9 @@ def attach(
         strata: every batch gets its share of each stratum: a column of the train data set, such as its source, or a label
             for each sample of the selection, such as its cluster of near-duplicates.
         online: weights that follow the training: `"rewards"` or a `RewardSignal` for trainers that generate, which draws
-            prompts that are neither certain nor hopeless; a `FocusSignal` moves through the selection by accuracy. Each
-            sample then comes as often as its weight says; otherwise once per epoch.
+            prompts that are neither certain nor hopeless; a `FocusSignal` moves through the selection by accuracy;
+            `"tap"` or a `SpectrumSignal` measures spectra in the trainer's own backward pass. Each sample then comes as
+            often as its weight says; otherwise once per epoch.
         coverage: with `online`, the share of each batch for the samples that have waited longest.
         id_column: column of the train data set that holds the sample ids; found by name or by content when None.
         seed: of the order; the trainer's `data_seed`, or its `seed`, when None.
@@ -72,7 +72,7 @@ def attach(
         IntegrationError: the trainer is set up in a way that loses which sample is which; all problems at once.
         SelectionError: its data set has none of the samples, or has one twice.
     """
-    signal = RewardSignal() if online == "rewards" else online
+    signal = {"rewards": RewardSignal, "tap": SpectrumSignal}[online]() if online in ("rewards", "tap") else online
     raise_all(_problems(trainer, signal))
     args, dataset = trainer.args, trainer.train_dataset
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
@@ -96,7 +96,7 @@ def attach(
             f"trained on, {sampler.missing[0]} among them; trainers drop rows whose loss tokens were all cut off",
             stacklevel=2,
         )
-    if signal is not None:
+    if signal is not None and hasattr(trainer, "_calculate_rewards"):
         trainer.train_dataset = dataset.add_column(SAMPLE_COLUMN, list(ids))  # reaches the reward functions' rows
     _Session(trainer, sampler).install()
     return trainer
@@ -110,6 +110,7 @@ class _Session(TrainerCallback):
         self._checkpoint: Path | None = None
         self._reported, self._began, self._seconds = 0, time.perf_counter(), 0.0
         self._known_rewards = False
+        self._tap: Tap | None = None
 
     def install(self) -> None:
         """Put the sampler in the trainer, and note what its public methods are called with."""
@@ -117,7 +118,12 @@ class _Session(TrainerCallback):
         self._train, self._log = trainer.train, trainer.log
         trainer._get_train_sampler = lambda *_, **__: self._sampler
         trainer.train, trainer.log = self._noting_train, self._extended_log
-        if isinstance(self._sampler, AdaptiveSampler):
+        if not isinstance(self._sampler, AdaptiveSampler):
+            pass
+        elif isinstance(self._sampler.signal, SpectrumSignal):
+            self._tap = Tap(trainer, self._sampler, self._sampler.signal)
+            self._tap.install()
+        else:
             self._position = {sample_id: i for i, sample_id in enumerate(self._sampler.ids.tolist())}
             self._calculate_rewards = trainer._calculate_rewards
             trainer._calculate_rewards = self._observed_rewards
@@ -134,17 +140,23 @@ class _Session(TrainerCallback):
         groups = self._sampler.groups
         self._draws_per_step = train_dataloader.total_batch_size / (groups.mini_repeat_count * groups.repeat_count)
         self._steps_in_epoch = len(train_dataloader)
-        self._reported, self._began, self._seconds = 0, time.perf_counter(), self._sampler.seconds
-        if self._checkpoint is None:
-            return
-        if not load_state(self._sampler, self._checkpoint):
+        if self._checkpoint is not None:
+            self._resume(self._checkpoint, state)
+        if self._tap is not None:
+            self._tap.begin(self._steps(state), self._steps_in_epoch)
+        self._reported, self._began, self._seconds = 0, time.perf_counter(), self._spent()
+
+    def _resume(self, checkpoint: Path, state: Any) -> None:
+        """Take up the state of the checkpoint that training continues from."""
+        if not load_state(self._sampler, checkpoint):
             warnings.warn(
-                f"{self._checkpoint} holds no sampler state: it was made without the selection attached, so samples trained "
-                "on before may come again in this epoch, and others not at all",
+                f"{checkpoint} holds no sampler state: it was made without the selection attached, so samples trained on "
+                "before may come again in this epoch, and others not at all",
                 stacklevel=2,
             )
         if keeps_rollouts(self._trainer):
-            self._known_rewards = restore_rollouts(self._trainer, self._checkpoint, groups.repeat_count, self._steps(state))
+            cycle = self._sampler.groups.repeat_count
+            self._known_rewards = restore_rollouts(self._trainer, checkpoint, cycle, self._steps(state))
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self._reported = 0
@@ -161,6 +173,10 @@ class _Session(TrainerCallback):
         accumulation = self._trainer.args.gradient_accumulation_steps
         epochs, updates = divmod(state.global_step, -(-self._steps_in_epoch // accumulation))
         return epochs * self._steps_in_epoch + updates * accumulation
+
+    def _spent(self) -> float:
+        """Seconds that drawing and measuring took so far."""
+        return self._sampler.seconds + (self._tap.seconds if self._tap else 0.0)
 
     def _observed_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The trainer's rewards, gathered over all ranks, which the sampler sees in training."""
@@ -180,7 +196,7 @@ class _Session(TrainerCallback):
         if "loss" in logs:
             last = round((self._steps(self._trainer.state) % self._steps_in_epoch or self._steps_in_epoch) * self._draws_per_step)
             figures = self._sampler.metrics(self._reported, last)
-            now, spent = time.perf_counter(), self._sampler.seconds
+            now, spent = time.perf_counter(), self._spent()
             figures["overhead"] = (spent - self._seconds) / (now - self._began)
             self._reported, self._began, self._seconds = last, now, spent
             logs |= {f"selector/{name}": value for name, value in figures.items()}
@@ -208,6 +224,7 @@ def _labels(dataset: Any, ids: Sequence[str], selection: Selection, column: str)
 def _problems(trainer: Any, online: object) -> list[SelectorError]:
     """What in the trainer's settings would lose sample identity, or never reach the sampler."""
     args = trainer.args
+    generates, follows_rewards = hasattr(trainer, "_calculate_rewards"), isinstance(online, RewardSignal | FocusSignal)
     strategy = getattr(args, "train_sampling_strategy", "group_by_length" if getattr(args, "group_by_length", False) else "random")
     checks = [
         (
@@ -236,24 +253,27 @@ def _problems(trainer: Any, online: object) -> list[SelectorError]:
             "ignore_data_skip=False", "drop it: skipping draws no data",
         ),
         (
-            online is not None and not isinstance(online, RewardSignal | FocusSignal),
-            "unknown online signal", repr(online), "'rewards', a RewardSignal or a FocusSignal", None,
+            online is not None and not isinstance(online, RewardSignal | FocusSignal | SpectrumSignal),
+            "unknown online signal", repr(online), "'rewards', 'tap', or a signal of selector.sampling", None,
         ),
         (
-            online is not None and not hasattr(trainer, "_calculate_rewards"),
+            follows_rewards and not generates,
             "the trainer computes no rewards that weights could follow", type(trainer).__name__,
-            "GRPOTrainer, RLOOTrainer", "drop online=",
+            "GRPOTrainer, RLOOTrainer", "drop online=, or say online='tap'",
         ),
         (
-            online is not None and args.dataloader_num_workers > 0,
+            online is not None and generates and args.dataloader_num_workers > 0,
             "workers fetch prompts long before the rewards that should decide about them",
             f"dataloader_num_workers={args.dataloader_num_workers}", "0", None,
         ),
         (
-            online is not None and args.remove_unused_columns,
+            online is not None and generates and args.remove_unused_columns,
             "the ids of the prompts would not reach the rewards", "remove_unused_columns=True", "False", None,
         ),
     ]  # fmt: skip
-    return [
+    problems: list[SelectorError] = [
         IntegrationError(problem, got=got, allowed=allowed, fix=fix) for wrong, problem, got, allowed, fix in checks if wrong
     ]
+    if isinstance(online, SpectrumSignal) and (problem := tap_problem(trainer, online)):
+        problems.append(problem)
+    return problems

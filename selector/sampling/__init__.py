@@ -7,6 +7,7 @@ from selector.sampling.curricula import CURRICULA, Curriculum
 from selector.sampling.order import Groups, deal, id_keys, weighted_order
 from selector.sampling.sampler import SelectionSampler
 from selector.sampling.signals import FocusSignal, RewardSignal
+from selector.sampling.spectral import SpectrumSignal
 from selector.sampling.state import load_state, save_state
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "RewardSignal",
     "SelectionSampler",
     "Signal",
+    "SpectrumSignal",
     "deal",
     "id_keys",
     "load_state",
