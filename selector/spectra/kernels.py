@@ -16,7 +16,9 @@ def _barrier(counter, target, GROUP: tl.constexpr):
         tl.atomic_add(counter, 1, sem="release", scope="gpu")
         while tl.load(counter, volatile=True) < target:
             pass
-        tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        # The plain loads above order nothing; this does. Its result must be used, or the compiler drops it.
+        while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < target:
+            pass
         tl.debug_barrier()
 
 
@@ -115,46 +117,38 @@ def _tridiagonalize(
             first = (k + 1) // TILE
             form_r = tl.zeros([TILE], dtype=dtype)
             form_c = tl.zeros([TILE], dtype=dtype)
+            # Blocks row by row, an even run of them for each program; row products are summed over lanes once per row of a run.
             units = (n_blocks - first) * (n_blocks - first + 1) // 2
-            if GROUP == 1:
-                # Row by row of blocks, so that products of a block row are summed over lanes once.
-                for bi in range(first, n_blocks):
-                    r = bi * TILE + tl.arange(0, TILE)
-                    v_r = _reflector(column_ptr, r, k, inverse)
-                    rows = tl.zeros([TILE, TILE], dtype=dtype)
-                    for bj in tl.range(bi, n_blocks, num_stages=STAGES):
-                        c = bj * TILE + tl.arange(0, TILE)
-                        v_c = _reflector(column_ptr, c, k, inverse)
-                        tile = tl.load(a + r[:, None] * n + c[None, :], mask=(r > k)[:, None], other=0.0)
-                        rows += tile * v_c[None, :]
-                        col = tl.sum(tile * v_r[:, None], 0)
-                        tl.store(part_ptr + bi * n + c, col, mask=bi != bj)
-                        form_c += tl.where(bi != bj, col * v_c, 0.0)
-                    row = tl.sum(rows, 1)
-                    tl.store(part_ptr + bi * n + r, row)
-                    form_r += row * v_r
-            else:
-                # Block by block, dealt out evenly.
-                for u in tl.range(rank, units, GROUP, num_stages=STAGES):
-                    bi, bj = _block(units - 1 - u, n_blocks - 1)
-                    r = bi * TILE + tl.arange(0, TILE)
-                    c = bj * TILE + tl.arange(0, TILE)
-                    v_r = _reflector(column_ptr, r, k, inverse)
+            run = (units + GROUP - 1) // GROUP
+            u = rank * run
+            end = tl.minimum(u + run, units)
+            bi, bj = _block(tl.maximum(units - 1 - u, 0), n_blocks - 1)
+            while u < end:
+                r = bi * TILE + tl.arange(0, TILE)
+                v_r = _reflector(column_ptr, r, k, inverse)
+                rows = tl.zeros([TILE, TILE], dtype=dtype)
+                stop = tl.minimum(n_blocks, bj + end - u)
+                for b in tl.range(bj, stop, num_stages=STAGES):
+                    c = b * TILE + tl.arange(0, TILE)
                     v_c = _reflector(column_ptr, c, k, inverse)
                     tile = tl.load(a + r[:, None] * n + c[None, :], mask=(r > k)[:, None], other=0.0)
-                    row = tl.sum(tile * v_c[None, :], 1)
+                    rows += tile * v_c[None, :]
                     col = tl.sum(tile * v_r[:, None], 0)
-                    tl.store(part_ptr + bj * n + r, row)
-                    tl.store(part_ptr + bi * n + c, col, mask=bi != bj)
-                    form_r += row * v_r
-                    form_c += tl.where(bi != bj, col * v_c, 0.0)
+                    tl.store(part_ptr + bi * n + c, col, mask=b != bi)
+                    form_c += tl.where(b != bi, col * v_c, 0.0)
+                row = tl.sum(rows, 1)
+                tl.store(part_ptr + bj * n + r, row)
+                form_r += row * v_r
+                u += stop - bj
+                bi += 1
+                bj = bi
             tl.store(own + 2 * PANEL + 1, tl.sum(form_r) + tl.sum(form_c))
             target += GROUP
             _barrier(counter, target, GROUP)
 
             # w = tau y - (tau² yᵀv / 2) v with y = A v - V (Wᵀv) - W (Vᵀv); then column k + 1 of A - V Wᵀ - W Vᵀ.
             half = 0.5 * tau * tau * (tl.sum(tl.load(shares + 2 * PANEL + 1)) - 2 * tl.sum(dot_v * dot_w))
-            ahead = (blocks >= first) & (blocks <= (first if GROUP == 1 else n_blocks - 1))
+            ahead = (blocks >= first) & (blocks < n_blocks) & ((blocks - first) % run == 0)
             y_head = tl.sum(tl.load(part_ptr + blocks * n + k + 1, mask=ahead, other=0.0))
             y_head -= tl.sum(v_head * dot_w + w_head * dot_v)
             new_head = tau * y_head - half
@@ -169,8 +163,13 @@ def _tridiagonalize(
                 inside = (c < n)[:, None]
                 old_v = tl.load(v_rows + c[:, None] * PANEL + panel[None, :], mask=inside & done[None, :], other=0.0)
                 old_w = tl.load(w_rows + c[:, None] * PANEL + panel[None, :], mask=inside & done[None, :], other=0.0)
-                # Where row products were summed first, they lie with the diagonal block's; else one for each block.
-                used = (blocks >= first)[None, :] & (blocks[None, :] <= ((c // TILE)[:, None] if GROUP == 1 else n_blocks - 1))
+                # Column products of the rows of blocks above, and row products where a run, or the row of blocks, began.
+                block = (c // TILE)[:, None]
+                used = (blocks >= first)[None, :] & (blocks[None, :] <= block)
+                if GROUP > 1:
+                    before = (block - first) * n_blocks - (block * (block - 1) - first * (first - 1)) // 2
+                    starts = (before + blocks[None, :] - block) % run == 0
+                    used |= (blocks[None, :] > block) & (blocks < n_blocks)[None, :] & starts
                 y = tl.sum(tl.load(part_ptr + blocks[None, :] * n + c[:, None], mask=inside & used, other=0.0), 1)
                 y -= tl.sum(old_v * dot_w[None, :] + old_w * dot_v[None, :], 1)
                 v = tl.load(v_ptr + j * n + c, mask=c < n, other=0.0)
