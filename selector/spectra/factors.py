@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -107,7 +107,7 @@ def reduce_factors(
     cores = _reduce(x, deltas, chosen)
     if precision != "auto" or chosen != "fast":
         return cores
-    return [_escalate(core, x, delta) for core, delta in zip(cores, deltas, strict=True)]
+    return _escalate(cores, x, deltas)
 
 
 def solve(cores: Sequence[Core], memory: int | None = None) -> list[Float[Tensor, "N _"]]:
@@ -236,13 +236,17 @@ def _gradient_core(x: Tensor, delta: Tensor, precision: str) -> Core:
     )  # fmt: skip
 
 
-def _escalate(core: Core, x: Tensor, delta: Tensor) -> Core:
-    typical = core.frobenius / max(core.matrix.shape[-1], 1) ** 0.5
-    need = (core.floor > ESCALATE * typical).nonzero().flatten()
-    if not len(need):
-        return core
-    (better,) = _reduce(x[need], [delta[need]], "high")
-    return Core(**{**core.__dict__, "escalated": (need, better), "route": f"{core.route}, {len(need)} in high"})
+def _escalate(cores: list[Core], x: Tensor, deltas: Sequence[Tensor]) -> list[Core]:
+    """The cores with those samples added in high whose floor comes near their typical singular value; one wait for the GPU."""
+    if not cores:
+        return cores
+    need = torch.stack([core.floor * core.matrix.shape[-2] ** 0.5 > ESCALATE * core.frobenius for core in cores])
+    for i, flags in enumerate(need.tolist()):
+        if any(flags):
+            samples = torch.tensor([n for n, flag in enumerate(flags) if flag], device=x.device)
+            (better,) = _reduce(x[samples], [deltas[i][samples]], "high")
+            cores[i] = replace(cores[i], escalated=(samples, better), route=f"{cores[i].route}, {len(samples)} in high")
+    return cores
 
 
 def _padded(core: Core) -> torch.Size:

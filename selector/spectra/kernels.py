@@ -13,10 +13,20 @@ from torch import Tensor
 def _barrier(counter, target, GROUP: tl.constexpr):
     tl.debug_barrier()
     if GROUP > 1:
-        tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-        while tl.atomic_add(counter, 0, sem="acq_rel", scope="gpu") < target:
+        tl.atomic_add(counter, 1, sem="release", scope="gpu")
+        while tl.load(counter, volatile=True) < target:
+            pass
+        # The plain loads above order nothing; this does. Its result must be used, or the compiler drops it.
+        while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < target:
             pass
         tl.debug_barrier()
+
+
+@triton.jit
+def _reflector(column, at, k, inverse):
+    """Entries of the reflector of column k: 0 up to k, then 1, then the scaled column."""
+    v = tl.load(column + at) * inverse
+    return tl.where(at > k + 1, v, tl.where(at == k + 1, 1.0, 0.0))
 
 
 @triton.jit
@@ -30,7 +40,7 @@ def _block(u, last):
 def _tridiagonalize(
     a_ptr, d_ptr, e_ptr, work_ptr, counter_ptr, n, batch, n_groups, work_stride,
     GROUP: tl.constexpr, PANEL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
-    SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Householder tridiagonalization of symmetric matrices, one group of GROUP programs for each; destroys them.
 
@@ -51,8 +61,6 @@ def _tridiagonalize(
     n_chunks = (n + CHUNK - 1) // CHUNK
     panel = tl.arange(0, PANEL)
     blocks = tl.arange(0, BLOCKS)
-    n_segments = (n_blocks + SEGMENT - 1) // SEGMENT
-    segments = tl.arange(0, SEGMENTS)
     SUMS: tl.constexpr = 2 * PANEL + 2
 
     for m in range(group, batch, n_groups):
@@ -62,9 +70,8 @@ def _tridiagonalize(
         v_rows = w_ptr + PANEL * n
         w_rows = v_rows + PANEL * n
         column_ptr = w_rows + PANEL * n
-        col_part = column_ptr + n
-        row_part = col_part + BLOCKS * n
-        sums = row_part + SEGMENTS * n
+        part_ptr = column_ptr + n
+        sums = part_ptr + BLOCKS * n
         shares = sums + tl.arange(0, GROUP) * SUMS
         own = sums + rank * SUMS
 
@@ -110,37 +117,39 @@ def _tridiagonalize(
             first = (k + 1) // TILE
             form_r = tl.zeros([TILE], dtype=dtype)
             form_c = tl.zeros([TILE], dtype=dtype)
-            unit = 0
-            for bi in range(first, n_blocks):
+            # Blocks row by row, an even run of them for each program; row products are summed over lanes once per row of a run.
+            units = (n_blocks - first) * (n_blocks - first + 1) // 2
+            run = (units + GROUP - 1) // GROUP
+            u = rank * run
+            end = tl.minimum(u + run, units)
+            bi, bj = _block(tl.maximum(units - 1 - u, 0), n_blocks - 1)
+            while u < end:
                 r = bi * TILE + tl.arange(0, TILE)
-                v_r = tl.load(column_ptr + r) * inverse
-                v_r = tl.where(r > k + 1, v_r, tl.where(r == k + 1, 1.0, 0.0))
-                skip = bi // SEGMENT
-                for s in range(skip + (rank - unit % GROUP + GROUP) % GROUP, n_segments, GROUP):
-                    rows = tl.zeros([TILE, TILE], dtype=dtype)
-                    for bj in tl.range(
-                        tl.maximum(bi, s * SEGMENT), tl.minimum(s * SEGMENT + SEGMENT, n_blocks), num_stages=STAGES
-                    ):
-                        c = bj * TILE + tl.arange(0, TILE)
-                        v_c = tl.load(column_ptr + c) * inverse
-                        v_c = tl.where(c > k + 1, v_c, tl.where(c == k + 1, 1.0, 0.0))
-                        tile = tl.load(a + r[:, None] * n + c[None, :], mask=(r > k)[:, None], other=0.0)
-                        rows += tile * v_c[None, :]
-                        col = tl.sum(tile * v_r[:, None], 0)
-                        tl.store(col_part + bi * n + c, col, mask=bi != bj)
-                        form_c += tl.where(bi != bj, col * v_c, 0.0)
-                    row = tl.sum(rows, 1)
-                    tl.store(row_part + s * n + r, row)
-                    form_r += row * v_r
-                unit += n_segments - skip
+                v_r = _reflector(column_ptr, r, k, inverse)
+                rows = tl.zeros([TILE, TILE], dtype=dtype)
+                stop = tl.minimum(n_blocks, bj + end - u)
+                for b in tl.range(bj, stop, num_stages=STAGES):
+                    c = b * TILE + tl.arange(0, TILE)
+                    v_c = _reflector(column_ptr, c, k, inverse)
+                    tile = tl.load(a + r[:, None] * n + c[None, :], mask=(r > k)[:, None], other=0.0)
+                    rows += tile * v_c[None, :]
+                    col = tl.sum(tile * v_r[:, None], 0)
+                    tl.store(part_ptr + bi * n + c, col, mask=b != bi)
+                    form_c += tl.where(b != bi, col * v_c, 0.0)
+                row = tl.sum(rows, 1)
+                tl.store(part_ptr + bj * n + r, row)
+                form_r += row * v_r
+                u += stop - bj
+                bi += 1
+                bj = bi
             tl.store(own + 2 * PANEL + 1, tl.sum(form_r) + tl.sum(form_c))
             target += GROUP
             _barrier(counter, target, GROUP)
 
             # w = tau y - (tau² yᵀv / 2) v with y = A v - V (Wᵀv) - W (Vᵀv); then column k + 1 of A - V Wᵀ - W Vᵀ.
             half = 0.5 * tau * tau * (tl.sum(tl.load(shares + 2 * PANEL + 1)) - 2 * tl.sum(dot_v * dot_w))
-            ahead = (segments >= first // SEGMENT) & (segments < n_segments)
-            y_head = tl.sum(tl.load(row_part + segments * n + k + 1, mask=ahead, other=0.0))
+            ahead = (blocks >= first) & (blocks < n_blocks) & ((blocks - first) % run == 0)
+            y_head = tl.sum(tl.load(part_ptr + blocks * n + k + 1, mask=ahead, other=0.0))
             y_head -= tl.sum(v_head * dot_w + w_head * dot_v)
             new_head = tau * y_head - half
             next_v = tl.zeros([PANEL], dtype=dtype)
@@ -154,11 +163,14 @@ def _tridiagonalize(
                 inside = (c < n)[:, None]
                 old_v = tl.load(v_rows + c[:, None] * PANEL + panel[None, :], mask=inside & done[None, :], other=0.0)
                 old_w = tl.load(w_rows + c[:, None] * PANEL + panel[None, :], mask=inside & done[None, :], other=0.0)
+                # Column products of the rows of blocks above, and row products where a run, or the row of blocks, began.
                 block = (c // TILE)[:, None]
-                used = inside & (segments[None, :] >= block // SEGMENT) & (segments[None, :] < n_segments)
-                y = tl.sum(tl.load(row_part + segments[None, :] * n + c[:, None], mask=used, other=0.0), 1)
-                used = inside & (blocks[None, :] >= first) & (blocks[None, :] < block)
-                y += tl.sum(tl.load(col_part + blocks[None, :] * n + c[:, None], mask=used, other=0.0), 1)
+                used = (blocks >= first)[None, :] & (blocks[None, :] <= block)
+                if GROUP > 1:
+                    before = (block - first) * n_blocks - (block * (block - 1) - first * (first - 1)) // 2
+                    starts = (before + blocks[None, :] - block) % run == 0
+                    used |= (blocks[None, :] > block) & (blocks < n_blocks)[None, :] & starts
+                y = tl.sum(tl.load(part_ptr + blocks[None, :] * n + c[:, None], mask=inside & used, other=0.0), 1)
                 y -= tl.sum(old_v * dot_w[None, :] + old_w * dot_v[None, :], 1)
                 v = tl.load(v_ptr + j * n + c, mask=c < n, other=0.0)
                 w = tl.where(c > k, tau * y - half * v, 0.0)
@@ -184,7 +196,6 @@ def _tridiagonalize(
             _barrier(counter, target, GROUP)
 
             if fresh:
-                units = (n_blocks - first) * (n_blocks - first + 1) // 2
                 for u in tl.range(rank, units, GROUP, num_stages=STAGES):
                     bi, bj = _block(units - 1 - u, n_blocks - 1)
                     r = bi * TILE + tl.arange(0, TILE)
@@ -272,18 +283,15 @@ def tridiagonalize(matrices: Float[Tensor, "N n n"]) -> tuple[Float[Tensor, "N n
     group = 1
     while batch * group * 2 <= slots and group * 2 <= min(n // 16, 64):
         group *= 2
-    plan = dict(group=group, slots=slots, panel=8 if n <= 1024 else 16, regs=128 if single else None)
-    return _launch(matrices, segment=64 if group == 1 else 4 if n >= 1024 else 2, **plan)
+    return _launch(matrices, group=group, slots=slots, panel=8 if n <= 1024 else 16, regs=128 if single else None)
 
 
-def _launch(a, *, group, slots, panel=8, tile=64, chunk=128, warps=4, regs=None, stages=1, segment=64):
+def _launch(a, *, group, slots, panel=8, tile=64, chunk=128, warps=4, regs=None, stages=3):
     batch, n = a.shape[:2]
     blocks = triton.next_power_of_2(n // tile)
-    segment = min(segment, blocks)
-    segments = triton.next_power_of_2(triton.cdiv(n // tile, segment))
     d = torch.empty(batch, n, dtype=a.dtype, device=a.device)
     e = torch.zeros_like(d)
-    stride = (4 * panel + 1 + blocks + segments) * n + triton.cdiv(group * (2 * panel + 2), 64) * 64
+    stride = (4 * panel + 1 + blocks) * n + triton.cdiv(group * (2 * panel + 2), 64) * 64
     work = torch.empty(batch * stride, dtype=a.dtype, device=a.device)
     groups = batch if group == 1 else min(batch, slots // group)
     counter = torch.zeros(groups, dtype=torch.int32, device=a.device)
@@ -293,7 +301,7 @@ def _launch(a, *, group, slots, panel=8, tile=64, chunk=128, warps=4, regs=None,
         extra["maxnreg"] = regs
     _tridiagonalize[(groups * group,)](
         a, d, e, work, counter, n, batch, groups, stride, GROUP=group, PANEL=panel, TILE=tile, CHUNK=chunk,
-        BLOCKS=blocks, SEGMENT=segment, SEGMENTS=segments, STAGES=stages, num_warps=warps, **extra,
+        BLOCKS=blocks, STAGES=stages, num_warps=warps, **extra,
     )  # fmt: skip
     return d, e
 

@@ -16,8 +16,8 @@ from selector.errors import SelectorError
 def inner_products(
     x: Float[Tensor, "N T I"],
     delta: Float[Tensor, "N T O"],
-    other_x: Float[Tensor, "N S I"],
-    other_delta: Float[Tensor, "N S O"],
+    other_x: Float[Tensor, "N S J"],
+    other_delta: Float[Tensor, "N S P"],
 ) -> Float[Tensor, " N"]:
     """Inner product of two gradients of each sample, such as those of two layers of one shape.
 
@@ -72,8 +72,8 @@ def pairwise_inner_products(
 def cosines(
     x: Float[Tensor, "N T I"],
     delta: Float[Tensor, "N T O"],
-    other_x: Float[Tensor, "N S I"],
-    other_delta: Float[Tensor, "N S O"],
+    other_x: Float[Tensor, "N S J"],
+    other_delta: Float[Tensor, "N S P"],
 ) -> Float[Tensor, " N"]:
     """Cosine of the flattened gradients of two layers of one shape, per sample.
 
