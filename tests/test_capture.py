@@ -7,7 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from families import FAMILIES, GROUPED, HEAD_DIM, SIZES, build, captured_gradients, random_samples, run_capture
+from families import (
+    FAMILIES,
+    GROUPED,
+    HEAD_DIM,
+    SIZES,
+    build,
+    captured_gradients,
+    close,
+    random_samples,
+    run_capture,
+    weight_gradients,
+)  # fmt: skip
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -20,6 +31,7 @@ from selector.gradients.layers import LayerType, consecutive, layer_types
 from selector.gradients.losses import sample_losses
 from selector.gradients.targets import find_targets
 from selector.gradients.tokens import TokenMap
+from selector.testing import ContractError, check_layer_type
 
 LLAMA, MIXTRAL = FAMILIES["llama"], FAMILIES["mixtral"]
 
@@ -316,30 +328,52 @@ def test_batch_of_no_samples_hands_nothing_over(llama):
 # layer types ---------------------------------------------------------------------------------------------------------
 
 
-def test_layer_type_of_a_stranger(monkeypatch):
-    """A layer that holds half of its weight: registered once, measured under its name."""
+class Doubled(nn.Module):
+    """A layer that holds half of the weight that it applies."""
 
-    class Doubled(nn.Module):
-        def __init__(self, inputs: int, outputs: int) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(outputs, inputs))
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
 
-        def forward(self, x):
-            return F.linear(x, 2 * self.weight)
+    def forward(self, x):
+        return F.linear(x, 2 * self.weight)
 
-    layer_types.register("Doubled")(
-        LayerType(lambda module: tuple(module.weight.T.shape), lambda module, x, delta: (2 * x, delta))
-    )
-    try:
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED | HEAD_DIM)).eval()
-        for layer in model.model.layers:
-            layer.self_attn.o_proj = Doubled(16, 16)
-        targets = find_targets(model, ["o"])
-        batch = collate(random_samples(9), 0)
-        found = captured_gradients(model, targets, batch)
-        sample_losses(model(batch.input_ids).logits, batch).sum().backward()
-        for i, target in enumerate(targets):
-            torch.testing.assert_close(found[f"{i}.o"][0], target.module.weight.grad, rtol=1e-4, atol=1e-6)
-    finally:
-        monkeypatch.delitem(layer_types._parts, "Doubled")
+
+@pytest.fixture
+def register(monkeypatch):
+    """Registers the type of `Doubled` for the time of a test."""
+
+    def enter(factors):
+        monkeypatch.delitem(layer_types._parts, "Doubled", raising=False)
+        layer_types.register("Doubled")(
+            LayerType(lambda module: (module.weight.shape[1], module.weight.shape[0]), factors)
+        )
+
+    yield enter
+    layer_types._parts.pop("Doubled", None)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(5, 3), transformers.pytorch_utils.Conv1D(3, 5)])
+def test_layer_types_keep_their_contract(module):
+    check_layer_type(module)
+
+
+def test_layer_of_a_stranger_is_checked_and_measured_under_its_name(register):
+    register(lambda module, x, delta: (2 * x, delta))
+    check_layer_type(Doubled(5, 3))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED | HEAD_DIM)).double().eval()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = Doubled(16, 16).double()
+    (sample,) = random_samples(9)
+    found = captured_gradients(model, find_targets(model, ["o"]), collate([sample], 0))
+    gradients = weight_gradients(model, sample)
+    for i in range(2):
+        close(found[f"{i}.o"][0], gradients[f"model.layers.{i}.self_attn.o_proj.weight"])
+
+
+def test_checker_refuses_wrong_factors_and_unknown_layers(register):
+    with pytest.raises(ContractError, match="Doubled: no registered layer type"):
+        check_layer_type(Doubled(5, 3))
+    register(None)
+    with pytest.raises(ContractError, match="Doubled: the factors of 1 tokens do not give the gradient of weight"):
+        check_layer_type(Doubled(5, 3))
