@@ -7,13 +7,16 @@ check_policy("mine", minimum=0.5)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from selector.errors import SelectorError
 from selector.policies import Budget, Pool, run_policy
 from selector.types import Picks, Scores
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class ContractError(SelectorError):
@@ -98,6 +101,50 @@ def check_policy(
             _promise(
                 ids == other.ids[run(other).positions].tolist(), f"{case}: the picks depend on the order of the samples"
             )
+
+
+def check_layer_type(module: nn.Module, parameter: str = "weight") -> None:
+    """Check that the registered type of a layer gives its weight gradients.
+
+    The number of inputs and outputs must be right, and the product of the factors of each sample must be what autograd
+    computes for the sample alone, whichever way round the layer stores its weight.
+
+    Args:
+        module: a layer in float32 whose parameter autograd can differentiate.
+        parameter: name of the parameter whose gradient is meant.
+
+    Raises:
+        ContractError: the first promise that is broken.
+    """
+    import torch  # policies are checked without it
+
+    from selector.gradients.layers import layer_type_of
+
+    case, kind = type(module).__name__, layer_type_of(module)
+    if kind is None:
+        raise ContractError(
+            f"{case}: no registered layer type", fix='register it: layer_types.register("' + case + '")(...)'
+        )
+    inputs, outputs = kind.size(module)
+    weight = module.get_parameter(parameter)
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (1, 7):
+        x = torch.randn(2, tokens, inputs, generator=generator)
+        y = module(x)
+        _promise(
+            y.shape == (2, tokens, outputs), f"{case}: {inputs} inputs give {list(y.shape)}, not {outputs} outputs"
+        )
+        delta = torch.randn(y.shape, generator=generator)
+        found_x, found_delta = kind.factors(module, x, delta) if kind.factors else (x, delta)
+        for sample in range(2):
+            (expected,) = torch.autograd.grad(y[sample], weight, delta[sample], retain_graph=True)
+            found = found_delta[sample].mT @ found_x[sample]
+            near = [
+                torch.allclose(found, side, rtol=1e-4, atol=1e-5)
+                for side in (expected, expected.mT)
+                if side.shape == found.shape
+            ]
+            _promise(any(near), f"{case}: the factors of {tokens} tokens do not give the gradient of {parameter}")
 
 
 def _check_picks(case: str, scores: Scores, budget: Budget, picks: Picks, *, exact: bool) -> None:

@@ -22,9 +22,15 @@ from selector.gradients.targets import Target
 
 VOCABULARY = 61
 MOST_EXPERTS = 8
-BASE = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-SIZES = BASE | dict(hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
-GROUPED = SIZES | dict(num_key_value_heads=2)
+BASE = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = BASE | {
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2}
 GATED = ["q", "k", "v", "o", "gate", "up", "down"]
 PLAIN = ["q", "k", "v", "o", "up", "down"]
 
@@ -42,8 +48,8 @@ def family(name: str, config: str, settings: dict[str, Any], projections: list[s
     return pytest.param(Family(config, settings, projections), id=name)
 
 
-HEAD_DIM = dict(head_dim=4)
-GPT = BASE | dict(n_embd=16, n_layer=2, n_head=4, n_positions=64)
+HEAD_DIM = {"head_dim": 4}
+GPT = BASE | {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
 SEPARATE = [
     family("llama", "Llama", GROUPED, GATED),
     family("qwen2", "Qwen2", GROUPED, GATED),
@@ -59,44 +65,53 @@ SEPARATE = [
     family("stablelm", "StableLm", GROUPED, GATED),
     family("starcoder2", "Starcoder2", GROUPED, PLAIN),
     family("phi", "Phi", SIZES, PLAIN),
-    family("gptj", "GPTJ", GPT | dict(rotary_dim=2, n_inner=20), PLAIN),
-    family("opt", "OPT", SIZES | dict(ffn_dim=20, word_embed_proj_dim=16), PLAIN),
+    family("gptj", "GPTJ", GPT | {"rotary_dim": 2, "n_inner": 20}, PLAIN),
+    family("opt", "OPT", SIZES | {"ffn_dim": 20, "word_embed_proj_dim": 16}, PLAIN),
 ]
 FUSED = [
     family("phi3", "Phi3", GROUPED, GATED),
     family("glm4", "Glm4", GROUPED | HEAD_DIM, GATED),
     family("gpt2", "GPT2", GPT, PLAIN),
     family("gpt_neox", "GPTNeoX", SIZES, PLAIN),
-    family("bloom", "Bloom", BASE | dict(hidden_size=16, n_layer=2, n_head=4), PLAIN),
-    family("falcon_multi_query", "Falcon", SIZES | dict(multi_query=True), PLAIN),
-    family("falcon_many_heads", "Falcon", SIZES | dict(multi_query=False, new_decoder_architecture=False), PLAIN),
-    family("falcon_new", "Falcon", SIZES | dict(num_kv_heads=2, new_decoder_architecture=True), PLAIN),
+    family("bloom", "Bloom", BASE | {"hidden_size": 16, "n_layer": 2, "n_head": 4}, PLAIN),
+    family("falcon_multi_query", "Falcon", SIZES | {"multi_query": True}, PLAIN),
+    family("falcon_many_heads", "Falcon", SIZES | {"multi_query": False, "new_decoder_architecture": False}, PLAIN),
+    family("falcon_new", "Falcon", SIZES | {"num_kv_heads": 2, "new_decoder_architecture": True}, PLAIN),
 ]
-LATENT = dict(q_lora_rank=6, kv_lora_rank=5, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3, num_key_value_heads=4)
+LATENT = {
+    "q_lora_rank": 6,
+    "kv_lora_rank": 5,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 3,
+    "num_key_value_heads": 4,
+}
 EXPERTS = ["expert_gate", "expert_up", "expert_down"]
 ROUTED = [
-    family("mixtral", "Mixtral", GROUPED | dict(num_local_experts=4, num_experts_per_tok=2), ["q", "k", "v", "o", *EXPERTS]),
+    family("mixtral", "Mixtral", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}, ["q", "k", "v", "o", *EXPERTS]),
     family(
-        "qwen3_moe", "Qwen3Moe", GROUPED | HEAD_DIM | dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=6),
+        "qwen3_moe", "Qwen3Moe", GROUPED | HEAD_DIM | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 6},
         ["q", "k", "v", "o", *EXPERTS],
     ),
     family(
         "qwen2_moe_with_shared_experts", "Qwen2Moe",
-        GROUPED | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6, shared_expert_intermediate_size=7),
+        GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "shared_expert_intermediate_size": 7},
         [*GATED, *EXPERTS],
     ),
     family(
-        "gpt_oss", "GptOss", GROUPED | HEAD_DIM | dict(num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2),
+        "gpt_oss", "GptOss", GROUPED | HEAD_DIM | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
         ["q", "k", "v", "o", *EXPERTS],
     ),
-    family("olmoe", "Olmoe", GROUPED | dict(num_experts=4, num_experts_per_tok=2), ["q", "k", "v", "o", *EXPERTS]),
+    family("olmoe", "Olmoe", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}, ["q", "k", "v", "o", *EXPERTS]),
     family(
         "deepseek_v3", "DeepseekV3",
-        SIZES | LATENT | dict(n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=6, n_shared_experts=1,
-                              first_k_dense_replace=0),
+        SIZES | LATENT | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 6, "n_shared_experts": 1,
+                              "first_k_dense_replace": 0},
         [*GATED, *EXPERTS, "q_a", "kv_a"],
     ),
 ]  # fmt: skip
+
+FAMILIES: dict[str, Family] = {str(parameter.id): parameter.values[0] for parameter in (*SEPARATE, *FUSED, *ROUTED)}
 
 
 def build(chosen: Family) -> nn.Module:
@@ -115,7 +130,9 @@ def random_samples(*lengths: int) -> list[Sample]:
     samples = []
     for i, length in enumerate(lengths):
         mask = np.arange(length) >= length // 3
-        sequence = TokenSequence(generator.integers(3, VOCABULARY, length).astype(np.int32), mask & (np.arange(length) > 0))
+        sequence = TokenSequence(
+            generator.integers(3, VOCABULARY, length).astype(np.int32), mask & (np.arange(length) > 0)
+        )
         samples.append(Sample(f"s{i}", i, None, (sequence,)))
     return samples
 
@@ -127,10 +144,15 @@ def weight_gradients(model: nn.Module, sample: Sample) -> dict[str, Tensor]:
     mask = torch.tensor(sample.sequences[0].loss_mask[1:])
     logits = twin(input_ids=tokens).logits
     F.cross_entropy(logits[0, :-1][mask], tokens[0, 1:][mask]).backward()
-    return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in twin.named_parameters(remove_duplicate=False)}
+    return {
+        name: p.grad if p.grad is not None else torch.zeros_like(p)
+        for name, p in twin.named_parameters(remove_duplicate=False)
+    }
 
 
-def run_capture(model: nn.Module, targets: list[Target], batch: Batch, consumer: Callable[[LayerFactors], None], **options: Any) -> None:
+def run_capture(
+    model: nn.Module, targets: list[Target], batch: Batch, consumer: Callable[[LayerFactors], None], **options: Any
+) -> None:
     with gradients_of_activations_only(model), GradientCapture(model, targets, consumer, **options) as capture:
         capture.begin(samples=len(batch.samples))
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
@@ -163,7 +185,7 @@ def parameters_of(target: Target) -> list[str]:
     """Names of the parameters that hold the weight that a target belongs to: several for experts in a list."""
     if target.stack is None:
         return [f"{target.spec.name}.weight"]
-    if target.stack.listed:
+    if isinstance(target.module, nn.ModuleList):
         return [f"{target.spec.name}.{expert}.{target.stack.name}.weight" for expert in range(len(target.module))]
     return [f"{target.spec.name}.{target.stack.name}"]
 
@@ -171,7 +193,7 @@ def parameters_of(target: Target) -> list[str]:
 def full_gradient(target: Target, gradients: dict[str, Tensor]) -> Tensor:
     """The autograd gradient of the whole weight that a target belongs to, outputs before inputs."""
     found = [gradients[name] for name in parameters_of(target)]
-    gradient = torch.stack(found) if target.stack and target.stack.listed else found[0]
+    gradient = torch.stack(found) if isinstance(target.module, nn.ModuleList) else found[0]
     return gradient.mT if stored_transposed(target) else gradient
 
 
@@ -186,7 +208,9 @@ def assembled(targets: list[Target], found: dict[str, Tensor], sample: int, like
     for target in targets:
         part = found[target.spec.key][sample][..., :]
         part = part[: len(like)] if target.stack else part
-        rows = torch.arange(like.shape[-2]) if target.columns is None else target.columns.of(torch.arange(like.shape[-2]))
+        rows = (
+            torch.arange(like.shape[-2]) if target.columns is None else target.columns.of(torch.arange(like.shape[-2]))
+        )
         assert whole[..., rows, :].isnan().all()
         whole[..., rows, :] = part
     return whole

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from families import GROUPED, HEAD_DIM, ROUTED, SEPARATE, SIZES, build, captured_gradients, random_samples, run_capture
+from families import (
+    FAMILIES,
+    GROUPED,
+    HEAD_DIM,
+    SIZES,
+    build,
+    captured_gradients,
+    close,
+    random_samples,
+    run_capture,
+    weight_gradients,
+)  # fmt: skip
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from selector.batching import collate
 from selector.errors import ModelError
 from selector.gradients.capture import GradientCapture, gradients_of_activations_only
-from selector.gradients.layers import LayerType, layer_types
+from selector.gradients.layers import LayerType, consecutive, layer_types
 from selector.gradients.losses import sample_losses
 from selector.gradients.targets import find_targets
 from selector.gradients.tokens import TokenMap
+from selector.testing import ContractError, check_layer_type
 
-LLAMA, MIXTRAL = SEPARATE[0].values[0], ROUTED[0].values[0]
-BY_NAME = {parameter.id: parameter.values[0] for parameter in SEPARATE}
+LLAMA, MIXTRAL = FAMILIES["llama"], FAMILIES["mixtral"]
 
 
 @pytest.fixture
@@ -43,7 +57,7 @@ def equal(found, expected) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gptj", "opt", "gemma3"])
 def test_recomputed_activations_give_the_same_gradients(name, batch):
-    model = build(BY_NAME[name])
+    model = build(FAMILIES[name])
     targets = find_targets(model)
     equal(captured_gradients(model, targets, batch, checkpoint=True), captured_gradients(model, targets, batch))
 
@@ -65,7 +79,9 @@ def test_models_own_checkpointing_gives_the_same_gradients(llama, batch, reentra
 
     with GradientCapture(llama, targets, keep) as capture:
         capture.begin(samples=2)
-        sample_losses(llama(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits, batch).sum().backward()
+        sample_losses(
+            llama(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits, batch
+        ).sum().backward()
         capture.finish()
     equal(found, expected)
 
@@ -88,18 +104,23 @@ def most_inputs_held(model, batch, with_cache=False, **options) -> int:
 
 def test_recomputation_holds_the_inputs_of_one_layer_at_a_time(batch):
     """Six layers of four inputs each: q, k and v share one, gate and up another."""
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED | dict(num_hidden_layers=6))).eval()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED | {"num_hidden_layers": 6})).eval()
     assert most_inputs_held(model, batch) == 6 * 4
     assert most_inputs_held(model, batch, checkpoint=True) <= 4
     assert most_inputs_held(model, batch, checkpoint=True, with_cache=True) <= 4
 
 
 def test_dropout_is_off_where_activations_are_recomputed(batch):
-    config = transformers.OPTConfig(**SIZES, ffn_dim=20, word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5, layerdrop=0.5)
+    config = transformers.OPTConfig(
+        **SIZES, ffn_dim=20, word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5, layerdrop=0.5
+    )
     torch.manual_seed(0)
     model = transformers.OPTForCausalLM(config).double().train()
     targets = find_targets(model)
-    equal(captured_gradients(model, targets, batch, checkpoint=True), captured_gradients(model, targets, batch, checkpoint=True))
+    equal(
+        captured_gradients(model, targets, batch, checkpoint=True),
+        captured_gradients(model, targets, batch, checkpoint=True),
+    )
     equal(captured_gradients(model, targets, batch, checkpoint=True), captured_gradients(model, targets, batch))
 
 
@@ -108,7 +129,13 @@ def test_dropout_is_off_where_activations_are_recomputed(batch):
 
 def snapshot(model) -> dict[str, tuple]:
     return {
-        name: (module.training, dict(module.__dict__.items()).keys(), len(module._forward_hooks), module.__dict__.get("forward"), module.forward.__func__)
+        name: (
+            module.training,
+            dict(module.__dict__.items()).keys(),
+            len(module._forward_hooks),
+            module.__dict__.get("forward"),
+            module.forward.__func__,
+        )
         for name, module in model.named_modules()
     }
 
@@ -137,12 +164,26 @@ def test_model_is_left_as_it_was(chosen, fails, batch):
 
 
 def test_nothing_is_held_after_a_batch(llama, batch):
-    with gradients_of_activations_only(llama), GradientCapture(llama, find_targets(llama), lambda factors: None) as capture:
+    with (
+        gradients_of_activations_only(llama),
+        GradientCapture(llama, find_targets(llama), lambda factors: None) as capture,
+    ):
         capture.begin(samples=2)
         sample_losses(llama(batch.input_ids, attention_mask=batch.attention_mask).logits, batch).sum().backward()
         capture.finish()
         assert not capture._inputs
         assert not capture._calls
+
+
+def test_passes_outside_of_batches_go_unnoticed(llama, batch):
+    """A trainer's own steps and evaluations between the measured ones."""
+    with (
+        gradients_of_activations_only(llama),
+        GradientCapture(llama, find_targets(llama), lambda factors: pytest.fail("handed over")) as capture,
+    ):
+        for _ in range(2):
+            sample_losses(llama(batch.input_ids, attention_mask=batch.attention_mask).logits, batch).sum().backward()
+        assert not capture._inputs
 
 
 # hooks that do not run -----------------------------------------------------------------------------------------------
@@ -151,7 +192,9 @@ def test_nothing_is_held_after_a_batch(llama, batch):
 def test_layer_whose_hooks_do_not_run_is_named(llama, batch):
     """As fused kernels do it: the weights are used without calling the modules."""
     mlp = llama.model.layers[1].mlp
-    mlp.forward = lambda x: F.linear(F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight), mlp.down_proj.weight)
+    mlp.forward = lambda x: F.linear(
+        F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight), mlp.down_proj.weight
+    )
     with pytest.raises(ModelError, match="hooks did not run") as caught:
         captured_gradients(llama, find_targets(llama), batch)
     assert "model.layers.1.mlp.gate_proj, model.layers.1.mlp.up_proj, model.layers.1.mlp.down_proj" in str(caught.value)
@@ -166,7 +209,9 @@ def test_targets_of_another_model_are_noticed(llama, batch):
 
 def test_layer_without_gradient_is_no_failure(llama, batch):
     """Gradients stop at a detached residual stream: what lies before it ran, and has none."""
-    llama.model.layers[1].register_forward_pre_hook(lambda module, inputs: (inputs[0].detach().requires_grad_(True), *inputs[1:]))
+    llama.model.layers[1].register_forward_pre_hook(
+        lambda module, inputs: (inputs[0].detach().requires_grad_(True), *inputs[1:])
+    )
     found = captured_gradients(llama, find_targets(llama), batch)
     assert {key.partition(".")[0] for key in found} == {"1"}
 
@@ -232,6 +277,33 @@ def test_joined_sequences_give_the_gradients_of_padded_ones(chosen):
         torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-7)
 
 
+@given(st.data())
+def test_every_token_reaches_its_sample_in_order(data):
+    """Any cut of a row into segments, any owners: each sample has its tokens, in the order of the row, then zeros."""
+    lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+    owners = data.draw(st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths)))
+    stops = np.cumsum(lengths)
+    segments = [
+        (owner, int(stop - length), int(stop)) for owner, length, stop in zip(owners, lengths, stops, strict=True)
+    ]
+    row = torch.arange(1.0, stops[-1] + 1)
+    tokens = TokenMap(4, segments)
+    of_token = torch.tensor(owners).repeat_interleave(torch.tensor(lengths))
+    assert torch.equal(tokens.owners(len(row), row.device), of_token)
+    for sample, found in enumerate(tokens.split(row[None, :, None])[..., 0]):
+        own = row[of_token == sample]
+        assert torch.equal(found[: len(own)], own)
+        assert not found[len(own) :].any()
+
+
+@given(groups=st.integers(1, 4), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_parts_of_a_fused_layer_divide_its_outputs(groups, sizes):
+    parts = consecutive(groups, **{f"part{i}": size for i, size in enumerate(sizes)})
+    outputs = torch.arange(groups * sum(sizes))
+    assert [len(part) for part in parts.values()] == [len(part.of(outputs)) for part in parts.values()]
+    assert torch.cat([part.of(outputs) for part in parts.values()]).sort().values.equal(outputs)
+
+
 def test_tokens_of_a_sample_are_joined_and_padded_with_zeros():
     tokens = TokenMap(3, [(2, 0, 1), (0, 1, 3), (2, 3, 5)])
     rows = tokens.split(torch.arange(1.0, 6.0)[None, :, None])
@@ -256,30 +328,52 @@ def test_batch_of_no_samples_hands_nothing_over(llama):
 # layer types ---------------------------------------------------------------------------------------------------------
 
 
-def test_layer_type_of_a_stranger(monkeypatch):
-    """A layer that holds half of its weight: registered once, measured under its name."""
+class Doubled(nn.Module):
+    """A layer that holds half of the weight that it applies."""
 
-    class Doubled(nn.Module):
-        def __init__(self, inputs: int, outputs: int) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(outputs, inputs))
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
 
-        def forward(self, x):
-            return F.linear(x, 2 * self.weight)
+    def forward(self, x):
+        return F.linear(x, 2 * self.weight)
 
-    layer_types.register("Doubled")(
-        LayerType(lambda module: tuple(module.weight.T.shape), lambda module, x, delta: (2 * x, delta))
-    )
-    try:
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED | HEAD_DIM)).eval()
-        for layer in model.model.layers:
-            layer.self_attn.o_proj = Doubled(16, 16)
-        targets = find_targets(model, ["o"])
-        batch = collate(random_samples(9), 0)
-        found = captured_gradients(model, targets, batch)
-        sample_losses(model(batch.input_ids).logits, batch).sum().backward()
-        for i, target in enumerate(targets):
-            torch.testing.assert_close(found[f"{i}.o"][0], target.module.weight.grad, rtol=1e-4, atol=1e-6)
-    finally:
-        monkeypatch.delitem(layer_types._parts, "Doubled")
+
+@pytest.fixture
+def register(monkeypatch):
+    """Registers the type of `Doubled` for the time of a test."""
+
+    def enter(factors):
+        monkeypatch.delitem(layer_types._parts, "Doubled", raising=False)
+        layer_types.register("Doubled")(
+            LayerType(lambda module: (module.weight.shape[1], module.weight.shape[0]), factors)
+        )
+
+    yield enter
+    layer_types._parts.pop("Doubled", None)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(5, 3), transformers.pytorch_utils.Conv1D(3, 5)])
+def test_layer_types_keep_their_contract(module):
+    check_layer_type(module)
+
+
+def test_layer_of_a_stranger_is_checked_and_measured_under_its_name(register):
+    register(lambda module, x, delta: (2 * x, delta))
+    check_layer_type(Doubled(5, 3))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED | HEAD_DIM)).double().eval()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = Doubled(16, 16).double()
+    (sample,) = random_samples(9)
+    found = captured_gradients(model, find_targets(model, ["o"]), collate([sample], 0))
+    gradients = weight_gradients(model, sample)
+    for i in range(2):
+        close(found[f"{i}.o"][0], gradients[f"model.layers.{i}.self_attn.o_proj.weight"])
+
+
+def test_checker_refuses_wrong_factors_and_unknown_layers(register):
+    with pytest.raises(ContractError, match="Doubled: no registered layer type"):
+        check_layer_type(Doubled(5, 3))
+    register(None)
+    with pytest.raises(ContractError, match="Doubled: the factors of 1 tokens do not give the gradient of weight"):
+        check_layer_type(Doubled(5, 3))

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from families import FUSED, ROUTED, SEPARATE, build, captured_gradients, close, random_samples, run_capture, weight_gradients
+from families import FAMILIES, build, captured_gradients, close, random_samples, run_capture, weight_gradients
 from oracles import dense_measures
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -17,7 +17,7 @@ from selector.gradients.layers import layer_size
 from selector.gradients.targets import find_targets, unmeasured
 from selector.scorer.features import FeatureExtractor
 
-LLAMA, PHI3, GPT2, MIXTRAL = SEPARATE[0].values[0], FUSED[0].values[0], FUSED[1].values[0], ROUTED[0].values[0]
+LLAMA, PHI3, GPT2, MIXTRAL = (FAMILIES[name] for name in ("llama", "phi3", "gpt2", "mixtral"))
 RANK = 3
 
 # peft asks a model of transformers for a property under its former name
@@ -27,7 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 def adapted(base: nn.Module, modules=("q_proj", "down_proj"), **settings) -> nn.Module:
     """The base with an adapter whose matrices are both in use."""
     torch.manual_seed(1)
-    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=5, lora_dropout=0.3, target_modules=list(modules), **settings))
+    model = get_peft_model(
+        base, LoraConfig(r=RANK, lora_alpha=5, lora_dropout=0.3, target_modules=list(modules), **settings)
+    )
     for name, parameter in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
             parameter.data = torch.randn_like(parameter, dtype=base.dtype) / 5
@@ -98,7 +100,9 @@ def test_raw_gives_the_gradients_of_the_adapters_matrices():
     model = adapted(build(LLAMA))
     targets = find_targets(model, adapter="raw")
     assert [t.spec.key for t in targets[:4]] == ["0.q.lora_A", "0.q.lora_B", "0.down.lora_A", "0.down.lora_B"]
-    assert [t.spec.key for t in find_targets(model, ["q"], adapter="raw")] == [f"{i}.q.lora_{m}" for i in range(2) for m in "AB"]
+    assert [t.spec.key for t in find_targets(model, ["q"], adapter="raw")] == [
+        f"{i}.q.lora_{m}" for i in range(2) for m in "AB"
+    ]
     samples = random_samples(9, 6)
     found = captured_gradients(model, targets, collate(samples, 0))
     for i, sample in enumerate(samples):
@@ -138,7 +142,9 @@ def test_layers_without_an_adapter_are_reported_where_only_adapters_are_measured
 
 
 def test_adapters_on_parameters_are_refused_with_the_reason():
-    model = get_peft_model(build(MIXTRAL), LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]))
+    model = get_peft_model(
+        build(MIXTRAL), LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    )
     with pytest.raises(ModelError, match="adapters on parameters cannot be measured") as caught:
         find_targets(model)
     assert "target_parameters at" in str(caught.value)
@@ -196,9 +202,13 @@ def test_quantized_base_gives_the_gradient_of_the_weights_that_it_stands_for(mak
     dense = build(LLAMA).float()
     for target in targets:
         inputs, _ = layer_size(target.module)
-        unit = torch.eye(inputs, requires_grad=True)  # without gradients bitsandbytes takes a kernel that needs larger layers
+        unit = torch.eye(
+            inputs, requires_grad=True
+        )  # without gradients bitsandbytes takes a kernel that needs larger layers
         dense.get_submodule(target.spec.name.removeprefix("base_model.model.")).weight.data.copy_(target.module(unit).T)
     gradients = weight_gradients(dense, sample)
     for target in targets:
         expected = gradients[target.spec.name.removeprefix("base_model.model.") + ".weight"]
-        torch.testing.assert_close(found[target.spec.key][0], expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+        torch.testing.assert_close(
+            found[target.spec.key][0], expected, rtol=0, atol=tolerance * float(expected.abs().max())
+        )

@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import (
-    ROUTED, SEPARATE, build, captured_gradients, close, full_gradient, random_samples, run_capture, weight_gradients,
+    FAMILIES,
+    build,
+    captured_gradients,
+    close,
+    full_gradient,
+    random_samples,
+    run_capture,
+    weight_gradients,
 )  # fmt: skip
 from oracles import dense_measures
 from torch import nn
@@ -20,8 +27,7 @@ from selector.gradients.targets import find_targets, unmeasured
 from selector.scorer.features import FeatureExtractor
 from selector.types import MEASURES
 
-LLAMA = SEPARATE[0].values[0]
-MIXTRAL, QWEN = (parameter.values[0] for parameter in ROUTED[:2])
+LLAMA, MIXTRAL, QWEN = (FAMILIES[name] for name in ("llama", "mixtral", "qwen3_moe"))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,10 @@ def features_of(model, samples):
 def routed_tokens(model, sample) -> list[torch.Tensor]:
     """Experts that each token of a sample goes to, layer by layer, as the routers say."""
     chosen = []
-    handles = [layer.mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[2])) for layer in model.model.layers]
+    handles = [
+        layer.mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[2]))
+        for layer in model.model.layers
+    ]
     model(input_ids=torch.tensor(sample.sequences[0].input_ids[None].astype("int64")))
     for handle in handles:
         handle.remove()
@@ -79,14 +88,18 @@ def test_pairs_come_once_and_count_every_token_for_each_of_its_experts(mixtral):
     def keep(factors):
         if factors.experts is not None and factors.specs[0].layer == 0:
             pairs = factors.experts
-            for sample, expert, tokens in zip(pairs.sample.tolist(), pairs.expert.tolist(), pairs.tokens.tolist(), strict=True):
+            for sample, expert, tokens in zip(
+                pairs.sample.tolist(), pairs.expert.tolist(), pairs.tokens.tolist(), strict=True
+            ):
                 key = (factors.specs[0].key, sample)
                 assert (key, expert) not in seen
                 seen.add((key, expert))
                 counts[key] = counts.get(key, 0) + tokens
 
     run_capture(mixtral, find_targets(mixtral), collate(random_samples(11, 5), 0), keep)
-    assert counts == {(f"0.expert_{part}", i): 2 * tokens for part in ("gate", "down") for i, tokens in ((0, 10), (1, 4))}
+    assert counts == {
+        (f"0.expert_{part}", i): 2 * tokens for part in ("gate", "down") for i, tokens in ((0, 10), (1, 4))
+    }
 
 
 def test_model_computes_what_it_computed_and_its_experts_function_comes_back(mixtral):
@@ -120,7 +133,9 @@ class ListedExperts(nn.Module):
         super().__init__()
         self.gate = nn.Linear(hidden, experts)
         sizes = {"w1": (hidden, intermediate), "w3": (hidden, intermediate), "w2": (intermediate, hidden)}
-        self.experts = nn.ModuleList(Expert({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(experts))
+        self.experts = nn.ModuleList(
+            Expert({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(experts)
+        )
 
     def forward(self, x):
         hidden = x.reshape(-1, x.shape[-1])

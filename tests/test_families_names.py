@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from families import GPT, GROUPED, HEAD_DIM, SEPARATE, build, captured_gradients, close, random_samples, weight_gradients
+from families import (
+    FAMILIES,
+    GPT,
+    GROUPED,
+    HEAD_DIM,
+    build,
+    captured_gradients,
+    close,
+    random_samples,
+    weight_gradients,
+)
 from torch import nn
 
 from selector.batching import collate
@@ -14,7 +24,7 @@ from selector.errors import ConfigError, ModelError
 from selector.gradients.names import role_of
 from selector.gradients.targets import find_targets, unmeasured
 
-LLAMA = SEPARATE[0].values[0]
+LLAMA = FAMILIES["llama"]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +44,9 @@ class Other(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({"mix": nn.Linear(8, 8), "wide": nn.Linear(8, 12), "gain": nn.LayerNorm(8)}) for _ in range(3))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"mix": nn.Linear(8, 8), "wide": nn.Linear(8, 12), "gain": nn.LayerNorm(8)}) for _ in range(3)
+        )
 
 
 def test_user_names_layers_by_pattern():
@@ -57,7 +69,15 @@ def test_partly_known_model_tells_what_is_not_measured():
     llama = build(LLAMA)
     assert unmeasured(llama, find_targets(llama)) == []
     assert unmeasured(llama, find_targets(llama, ["q"])) == [
-        f"model.layers.N.{name}" for name in ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.o_proj", "self_attn.v_proj")
+        f"model.layers.N.{name}"
+        for name in (
+            "mlp.down_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "self_attn.k_proj",
+            "self_attn.o_proj",
+            "self_attn.v_proj",
+        )
     ]
 
 
@@ -95,7 +115,14 @@ def test_only_the_text_decoder_of_a_model_with_a_vision_tower_is_measured():
     torch.manual_seed(0)
     config = transformers.Gemma3Config(
         text_config=GROUPED | HEAD_DIM,
-        vision_config=dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8),
+        vision_config={
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
         mm_tokens_per_image=4,
     )
     model = transformers.Gemma3ForConditionalGeneration(config).double().eval()
@@ -114,7 +141,10 @@ def test_tied_output_embedding_is_no_target():
 
 def test_model_base_without_a_head_is_measured_too():
     model = transformers.LlamaModel(transformers.LlamaConfig(**GROUPED))
-    assert [t.spec.name for t in find_targets(model, ["q"])] == ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"]
+    assert [t.spec.name for t in find_targets(model, ["q"])] == [
+        "layers.0.self_attn.q_proj",
+        "layers.1.self_attn.q_proj",
+    ]
 
 
 def test_settings_are_part_of_a_stores_identity():

@@ -59,20 +59,30 @@ def active_lora(name: str, module: nn.Module) -> str | None:
     Raises:
         ModelError: the adapter is no plain LoRA, or there are several.
     """
-    adapters = [adapter for adapter in getattr(module, "active_adapters", ()) if adapter in getattr(module, "lora_A", ())]
+    adapters = [
+        adapter for adapter in getattr(module, "active_adapters", ()) if adapter in getattr(module, "lora_A", ())
+    ]
     variants = getattr(module, "lora_variant", {})
     if len(adapters) > 1:
-        raise ModelError("several adapters are active", got=f"{', '.join(adapters)} on {name}", allowed="one", fix="call model.set_adapter(name) first")
+        raise ModelError(
+            "several adapters are active",
+            got=f"{', '.join(adapters)} on {name}",
+            allowed="one",
+            fix="call model.set_adapter(name) first",
+        )
     if not adapters:
         return None
     if adapters[0] in variants or getattr(module, "use_dora", {}).get(adapters[0]):
-        raise ModelError("the adapter is no plain LoRA", got=f"{adapters[0]} on {name}", allowed="LoRA without variants", fix="measure --adapter weight")
+        raise ModelError(
+            "the adapter is no plain LoRA",
+            got=f"{adapters[0]} on {name}",
+            allowed="LoRA without variants",
+            fix="measure --adapter weight",
+        )
     return adapters[0]
 
 
-def equivalent_gradient(
-    module: Any, adapter: str, x: Float[Tensor, "N T I"], delta: Float[Tensor, "N T O"]
-) -> Factors:
+def equivalent_gradient(module: Any, adapter: str, x: Float[Tensor, "N T I"], delta: Float[Tensor, "N T O"]) -> Factors:
     """Factors of the change of the full weight that a gradient step on a LoRA adapter makes, per unit of learning rate.
 
     Args:

@@ -54,7 +54,7 @@ Consumer = Callable[[LayerFactors], None]
 class _Site:
     """One place of a model where inputs and output gradients meet: a module, one stack of a module of experts, or a layer of one expert."""
 
-    def __init__(self, targets: Sequence[Target], ancestors: Sequence[nn.Module], expert: int | None = None) -> None:
+    def __init__(self, targets: Sequence[Target], ancestors: Sequence[nn.Module], expert: int) -> None:
         self.targets = tuple(targets)
         self.module, self.stack, self.factors = targets[0].module, targets[0].stack, targets[0].factors
         self.name = targets[0].spec.name if self.stack is None else f"{targets[0].spec.name}.{self.stack.name}"
@@ -104,9 +104,8 @@ class GradientCapture:
         for target in targets:
             grouped.setdefault((id(target.module), target.stack.name if target.stack else ""), []).append(target)
         self._sites: list[_Site] = []
-        for (first, *others) in grouped.values():
-            listed = first.stack is not None and first.stack.listed
-            for expert in range(len(first.module)) if listed else (None,):
+        for first, *others in grouped.values():
+            for expert in range(len(first.module)) if isinstance(first.module, nn.ModuleList) else (0,):
                 self._sites.append(_Site((first, *others), _ancestors(modules, first.spec.name), expert))
         self._tokens = TokenMap(1)
         self._forget()
@@ -124,10 +123,14 @@ class GradientCapture:
                 if site.stack is None:
                     handle = site.module.register_forward_hook(partial(self._hook, site))
                     stack.callback(handle.remove)
-                elif site.expert is None:
-                    observers.setdefault(site.module, {})[site.stack.name] = observer
+                elif isinstance(site.module, nn.ModuleList):
+                    stack.enter_context(
+                        observed_expert(
+                            site.module[site.expert], site.stack.name, observer, site.expert, len(site.module)
+                        )
+                    )
                 else:
-                    stack.enter_context(observed_expert(site.module, site.expert, site.stack.name, observer))
+                    observers.setdefault(site.module, {})[site.stack.name] = observer
             if observers:
                 stack.enter_context(observed_experts(observers))
             stack.callback(self._forget)
@@ -138,7 +141,7 @@ class GradientCapture:
         self._stack.close()
 
     def begin(self, *, samples: int, segments: Sequence[Segment] = ()) -> None:
-        """Start a batch.
+        """Start a batch. What the model does outside of batches passes unnoticed.
 
         Args:
             samples: number of samples.
@@ -146,6 +149,7 @@ class GradientCapture:
                 has an equal number of consecutive sequences, whose gradients add.
         """
         self._forget()
+        self._measuring = True
         self._tokens = TokenMap(samples, segments)
         self._recomputed = {id(s) for s in self._sites if self.checkpoint or is_recomputed(s.ancestors)}
 
@@ -174,6 +178,7 @@ class GradientCapture:
     def _forget(self) -> None:
         self._inputs: list[_Input] = []
         self._calls: dict[int, _Call] = {}
+        self._measuring = False
         self._reached: set[str] = set()
         self._recomputed: set[int] = set()
 
@@ -182,6 +187,8 @@ class GradientCapture:
 
     def _observe(self, site: _Site, x: Tensor, output: Tensor, routing: Callable[[], Routing] | None = None) -> None:
         """Note that a site was computed, in the forward pass or again in the backward pass."""
+        if not self._measuring:
+            return
         self._reached.add(site.name)
         in_backward = torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint asks as well
         call = self._calls.get(id(site))
@@ -192,7 +199,12 @@ class GradientCapture:
         if not output.requires_grad:
             return  # the first of two passes with reentrant checkpointing, or nothing below needs a gradient
         if call is not None:
-            raise ModelError("a layer is used twice in one pass", got=site.name, allowed="layers with weights of their own", fix="leave it out by --layers or --projections")
+            raise ModelError(
+                "a layer is used twice in one pass",
+                got=site.name,
+                allowed="layers with weights of their own",
+                fix="leave it out by --layers or --projections",
+            )
         self._calls[id(site)] = call = _Call(site)
         if in_backward or id(site) not in self._recomputed:
             self._take_input(call, x, routing)

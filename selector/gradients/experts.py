@@ -39,8 +39,6 @@ class ExpertStack:
     out_features: int
     parts: dict[str, Columns | None]
     """Roles of its parts."""
-    listed: bool = False
-    """Whether the experts are a list of modules."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +71,11 @@ def expert_stacks(module: nn.Module) -> tuple[ExpertStack, ...]:
     """
     if isinstance(module, nn.ModuleList):
         return _listed_stacks(module)
-    if not hasattr(module, "is_transposed") or not hasattr(module, "_apply_gate") or getattr(module, "_is_expert_parallel", False):
+    if (
+        not hasattr(module, "is_transposed")
+        or not hasattr(module, "_apply_gate")
+        or getattr(module, "_is_expert_parallel", False)
+    ):
         return ()
     stacks = []
     for name in ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"):
@@ -103,7 +105,7 @@ def _listed_stacks(modules: nn.ModuleList) -> tuple[ExpertStack, ...]:
         layers = [child[name] for child in children if name in child and layer_type_of(child[name]) is not None]
         sizes = {layer_size(layer) for layer in layers}
         if len(layers) == len(children) and len(sizes) == 1:
-            stacks.append(ExpertStack(name, *sizes.pop(), parts={role: None}, listed=True))
+            stacks.append(ExpertStack(name, *sizes.pop(), parts={role: None}))
     return tuple(stacks)
 
 
@@ -134,14 +136,15 @@ def observed_experts(observers: Mapping[nn.Module, Mapping[str, Observer]]) -> I
 
 
 @contextmanager
-def observed_expert(modules: nn.ModuleList, index: int, name: str, observer: Observer) -> Iterator[None]:
+def observed_expert(expert: nn.Module, name: str, observer: Observer, index: int, experts: int) -> Iterator[None]:
     """See the inputs and outputs of one linear layer of one expert of a list.
 
     Args:
-        modules: the experts.
-        index: of the expert.
+        expert: a module of the list.
         name: of the layer in the expert.
         observer: called whenever the expert runs.
+        index: of the expert in the list.
+        experts: length of the list.
     """
     received: list[Tensor] = []
 
@@ -149,9 +152,8 @@ def observed_expert(modules: nn.ModuleList, index: int, name: str, observer: Obs
         received[:] = inputs[:1]
 
     def leave(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        observer(inputs[0], output, partial(_routing_of, received.pop(), index, len(modules)))
+        observer(inputs[0], output, partial(_routing_of, received.pop(), index, experts))
 
-    expert = modules[index]
     handles = [expert.register_forward_pre_hook(enter), expert.get_submodule(name).register_forward_hook(leave)]
     try:
         yield
@@ -251,4 +253,8 @@ def by_pair(
             flat = values.new_zeros(len(members) * width, values.shape[1])
             flat[target] = values[live[rows]]
             padded.append(flat.view(len(members), width, -1))
-        yield padded[0], padded[1], ExpertRows(pairs[members] // routing.experts, pairs[members] % routing.experts, counts[members])
+        yield (
+            padded[0],
+            padded[1],
+            ExpertRows(pairs[members] // routing.experts, pairs[members] % routing.experts, counts[members]),
+        )

@@ -89,7 +89,13 @@ def _latent(config: Any, outputs: int) -> dict[str, Columns]:
 
 
 FUSED: dict[str, dict[str, Callable[[Any, int], dict[str, Columns]]]] = {
-    "qkv": {"gpt_neox": _heads_of_three, "bloom": _heads_of_three, "falcon": _falcon, "phi3": _grouped_query, "gpt2": _thirds},
+    "qkv": {
+        "gpt_neox": _heads_of_three,
+        "bloom": _heads_of_three,
+        "falcon": _falcon,
+        "phi3": _grouped_query,
+        "gpt2": _thirds,
+    },
     "gate_up": {"phi3": _halves, "glm4": _halves},
     "kv": {"deepseek_v3": _latent},
 }

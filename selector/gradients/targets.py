@@ -62,7 +62,12 @@ def find_targets(
     found = list(_all_targets(model, _given_roles(model, names), adapter))
     if not found:
         raise _nothing_known(model, adapter)
-    twice = {a.spec.key: f"{a.spec.name} and {b.spec.name}" for i, a in enumerate(found) for b in found[:i] if a.spec.key == b.spec.key}
+    twice = {
+        a.spec.key: f"{a.spec.name} and {b.spec.name}"
+        for i, a in enumerate(found)
+        for b in found[:i]
+        if a.spec.key == b.spec.key
+    }
     if twice:
         raise ModelError(
             "two layers have the same role", got="; ".join(list(twice.values())[:3]), allowed="one layer for each decoder layer and role",
@@ -78,10 +83,16 @@ def find_targets(
                                    fix=did_you_mean(unknown[0], bases) or "change --projections"))  # fmt: skip
     outside = [i for i in layers if not -count <= i < count]
     if outside:
-        problems.append(ModelError("no such layer", got=outside, allowed=f"{-count} ... {count - 1}", fix="change --layers"))
+        problems.append(
+            ModelError("no such layer", got=outside, allowed=f"{-count} ... {count - 1}", fix="change --layers")
+        )
     raise_all(problems)
     wanted = {i % count for i in layers} if layers else set(range(count))
-    kept = [t for t in found if t.spec.layer in wanted and (not projections or t.spec.projection.partition(".")[0] in projections)]
+    kept = [
+        t
+        for t in found
+        if t.spec.layer in wanted and (not projections or t.spec.projection.partition(".")[0] in projections)
+    ]
     if not kept:
         raise ModelError("the wanted layers have none of the wanted projections", got=f"layers {sorted(wanted)}, projections {', '.join(projections)}",
                          fix="change --layers or --projections")  # fmt: skip
@@ -128,7 +139,9 @@ def _all_targets(model: nn.Module, given: dict[str, str], adapter: Adapter) -> I
         for stack in expert_stacks(module) if adapter == "weight" else ():
             for role, columns in stack.parts.items():
                 outputs = stack.out_features if columns is None else len(columns)
-                spec = LayerSpec(name=name, layer=layer, projection=role, in_features=stack.in_features, out_features=outputs)
+                spec = LayerSpec(
+                    name=name, layer=layer, projection=role, in_features=stack.in_features, out_features=outputs
+                )
                 yield Target(module, spec, columns=columns, stack=stack)
         kind, role = layer_type_of(module), given.get(name) or role_of(path)
         if kind is None or role is None:
@@ -144,7 +157,13 @@ def _all_targets(model: nn.Module, given: dict[str, str], adapter: Adapter) -> I
             else:
                 for matrix, part in lora_matrices(module, lora):
                     inputs, outputs = layer_size(part)
-                    spec = LayerSpec(name=f"{name}.{matrix}.{lora}", layer=layer, projection=f"{role}.{matrix}", in_features=inputs, out_features=outputs)
+                    spec = LayerSpec(
+                        name=f"{name}.{matrix}.{lora}",
+                        layer=layer,
+                        projection=f"{role}.{matrix}",
+                        in_features=inputs,
+                        out_features=outputs,
+                    )
                     yield Target(part, spec)
 
 
@@ -176,7 +195,11 @@ def _given_roles(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
         role, _, pattern = entry.partition("=")
         matches = [name for name in linear if pattern and fnmatchcase(name, pattern)]
         if not ROLE.fullmatch(role):
-            problems.append(ConfigError("layer_names cannot be read", got=entry, allowed="role=pattern, such as o=*.attn.attention_output"))
+            problems.append(
+                ConfigError(
+                    "layer_names cannot be read", got=entry, allowed="role=pattern, such as o=*.attn.attention_output"
+                )
+            )
         elif not matches:
             problems.append(ConfigError("layer_names matches no linear layer", got=entry, allowed=_shown(linear)))
         given |= dict.fromkeys(matches, role)
@@ -186,7 +209,9 @@ def _given_roles(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
 
 def _nothing_known(model: nn.Module, adapter: Adapter) -> ModelError:
     if adapter != "weight":
-        return ModelError("the model has no LoRA adapter on a known layer", got=f"--adapter {adapter}", fix="measure --adapter weight")
+        return ModelError(
+            "the model has no LoRA adapter on a known layer", got=f"--adapter {adapter}", fix="measure --adapter weight"
+        )
     linear = {name for name, module in model.named_modules() if layer_type_of(module)}
     return ModelError(
         f"{type(model).__name__} has no projection that is known by name", got=_shown(linear),

@@ -38,7 +38,8 @@ class TokenMap:
         width = tensor.shape[-1]
         if self._places is None:
             return tensor.reshape(self.samples, -1, width)
-        self._places = source, owner, place = tuple(index.to(tensor.device) for index in self._places)
+        source, owner, place = (index.to(tensor.device) for index in self._places)
+        self._places = source, owner, place  # moved once, not for every layer
         rows = tensor.new_zeros(self.samples, self._longest, width)
         rows[owner, place] = tensor.reshape(-1, width)[source]
         return rows
