@@ -47,10 +47,10 @@ from selector.scorer.processes import process_state
 from selector.types import MEASURES
 
 SHAPES = {
-    "tiny": dict(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2),
-    "0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2),
-    "1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2),
-    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
+    "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
+    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
 }
 VOCABULARY = {"tiny": 4096}
 PROMPT, COMPLETION, MOST = (17, 0.46), (54, 1.28), 1000
@@ -159,9 +159,9 @@ def part_invariance(arguments: argparse.Namespace, out: Path) -> dict:
     model = build_model(arguments.shape, torch.float32, state.device, layers=4 if arguments.shape != "tiny" else None)
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     data = build_data(arguments.rows, arguments.data)
-    variants = {"batch 8": dict(tokens_per_batch=1024), "batch 32": dict(tokens_per_batch=16_384)}
+    variants = {"batch 8": {"tokens_per_batch": 1024}, "batch 32": {"tokens_per_batch": 16_384}}
     if state.num_processes == 1:
-        variants = {"batch 1": dict(tokens_per_batch=1)} | variants | {"padding-free": dict(padding_free=True), "checkpointing": dict(checkpoint=True)}
+        variants = {"batch 1": {"tokens_per_batch": 1}} | variants | {"padding-free": {"padding_free": True}, "checkpointing": {"checkpoint": True}}
     for name, settings in variants.items():
         score_dataset(model, tokenizer, data, out / f"{name}, {state.num_processes} processes", ScoreConfig(**settings))
     if state.num_processes > 1:

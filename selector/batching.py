@@ -150,8 +150,8 @@ def collate(samples: Sequence[Sample], pad_token_id: int, device: torch.device |
         input_ids[i, : len(sequence)] = sequence.input_ids
         attention_mask[i, : len(sequence)] = 1
         loss_mask[i, : len(sequence)] = sequence.loss_mask
-    tokens = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, loss_mask))
-    return Batch(tuple(samples), *tokens, *_side_columns(sequences, device))
+    tokens, attended, predicted = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, loss_mask))
+    return Batch(tuple(samples), tokens, attended, predicted, *_side_columns(sequences, device))
 
 
 def join(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Batch:

@@ -46,7 +46,8 @@ class FeatureExtractor:
         self, model: nn.Module, targets: Sequence[Target], precision: Precision, sketch: SketchConfig | None = None,
         loss: LossSettings = RESPONSE, reference: nn.Module | None = None, checkpoint: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.targets, self.precision, self.sketch = model, targets, precision, sketch
+        self.model, self.targets, self.sketch = model, targets, sketch
+        self.precision: Precision = precision
         self.loss, self.reference = loss, reference
         self.forward_seconds = 0.0
         """Time that forward passes have taken so far: the unit in which a training step is reckoned."""
@@ -205,5 +206,5 @@ def sample_row(
         "truncated": sample.truncated,
         "status": status,
         "loss": loss if scored else None,
-        **(features if scored else dict.fromkeys(MEASURES)),
+        **(features or {} if scored else dict.fromkeys(MEASURES)),
     }

@@ -55,7 +55,8 @@ def load_model(
     except Exception as error:  # likewise
         problems.append(_loading_problem("model", name, error, "check the name, the network, and that its weights are safetensors"))
     raise_all(problems)
-    assert model is not None and tokenizer is not None
+    assert model is not None
+    assert tokenizer is not None
     return model.to(device), tokenizer  # pyright: ignore[reportArgumentType]
 
 

@@ -153,8 +153,8 @@ def _begin(
     sketch = SketchConfig(dimension=config.sketch_dimension) if config.sketch_dimension else None
     return _Run(
         plan=work, manifest=manifest, config=config, state=state, pending=pending, sharded=sharded, dtype=dtype,
-        device=state.device if sharded else next(model.parameters()).device,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        device=torch.device(state.device or "cpu") if sharded else next(model.parameters()).device,
+        pad_token_id=tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0,
         extractor=FeatureExtractor(model, work.targets, config.precision, sketch, checkpoint=config.checkpoint),
     )  # fmt: skip
 
