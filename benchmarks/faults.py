@@ -62,9 +62,14 @@ class Trial:
         torch.manual_seed(0)
         self.model = LlamaForCausalLM(
             LlamaConfig(
-                hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                vocab_size=len(self.tokenizer), max_position_embeddings=512, pad_token_id=3, bos_token_id=0, eos_token_id=0,
-            )  # fmt: skip
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                vocab_size=len(self.tokenizer),
+                max_position_embeddings=512,
+            )
         )
         self.config = ScoreConfig(shard_rows=shard_rows, tokens_per_batch=512, max_failed=1.0)
 

@@ -1,7 +1,10 @@
-"""Pack samples into batches of about equal token count, and into padded tensors.
+"""Pack samples into batches of about equal token count, and into tensors: padded, or joined without padding.
 
 Samples are sorted by length, so that little is padding, and a batch holds as many as its token budget allows, padding
 included. Which samples share a batch has no effect on any score.
+
+Joined sequences lie one behind the other in a single row, and positions that begin anew tell the model where. That pays
+with attention kernels that skip what lies between sequences (flash attention); others compute and mask it.
 """
 
 from __future__ import annotations
@@ -16,26 +19,45 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selector.data.samples import Sample
+from selector.data.samples import Sample, TokenSequence
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Samples of one forward and backward pass; S sequences, an equal number for each of N samples."""
+    """Samples of one forward and backward pass; S sequences, an equal number for each of N samples.
+
+    Tokens are `[S, T]`, or `[1, T]` where the sequences are joined.
+    """
 
     samples: tuple[Sample, ...]
-    input_ids: Int[Tensor, "S T"]
-    attention_mask: Int[Tensor, "S T"]
-    loss_mask: Bool[Tensor, "S T"]
+    input_ids: Int[Tensor, "R T"]
+    attention_mask: Int[Tensor, "R T"]
+    """1 for tokens, 0 for padding."""
+    loss_mask: Bool[Tensor, "R T"]
     reference: Float[Tensor, " S"]
     """Log-probability of the loss tokens under the reference model, nats; NaN where there is none."""
     advantage: Float[Tensor, " S"]
     """How much better than its group a rollout was; NaN where there is none."""
 
+    segments: tuple[tuple[int, int, int], ...] = ()
+    """Sample, first token and end of each sequence where they are joined; empty where they are padded."""
+
     @property
-    def sequences_per_sample(self) -> int:
-        """How many consecutive sequences belong to one sample."""
-        return len(self.input_ids) // len(self.samples)
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is called with."""
+        if not self.segments:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        positions = torch.cat([torch.arange(stop - start) for _, start, stop in self.segments])
+        return {"input_ids": self.input_ids, "position_ids": positions[None].to(self.input_ids.device)}
+
+    @property
+    def sequence_of_token(self) -> Int[Tensor, "R T"]:
+        """Number of the sequence, 0 <= s < S, that each token belongs to."""
+        device = self.input_ids.device
+        if not self.segments:
+            return torch.arange(len(self.input_ids), device=device)[:, None].expand_as(self.input_ids)
+        lengths = torch.tensor([stop - start for _, start, stop in self.segments], device=device)
+        return torch.arange(len(lengths), device=device).repeat_interleave(lengths)[None]
 
 
 def deal(samples: Sequence[Sample], ranks: int) -> list[list[Sample]]:
@@ -119,7 +141,7 @@ def collate(samples: Sequence[Sample], pad_token_id: int, device: torch.device |
         pad_token_id: fills the padding; its value has no effect.
         device: where the tensors go.
     """
-    sequences = [sequence for sample in samples for sequence in sample.sequences]
+    sequences = _sequences(samples)
     shape = (len(sequences), max(map(len, sequences), default=0))
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     attention_mask = np.zeros(shape, dtype=np.int64)
@@ -128,7 +150,32 @@ def collate(samples: Sequence[Sample], pad_token_id: int, device: torch.device |
         input_ids[i, : len(sequence)] = sequence.input_ids
         attention_mask[i, : len(sequence)] = 1
         loss_mask[i, : len(sequence)] = sequence.loss_mask
+    tokens, attended, predicted = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, loss_mask))
+    return Batch(tuple(samples), tokens, attended, predicted, *_side_columns(sequences, device))
+
+
+def join(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Batch:
+    """Lay sequences one behind the other, without padding.
+
+    Args:
+        samples: of one batch, each with the same number of sequences.
+        device: where the tensors go.
+    """
+    sequences = _sequences(samples)
+    input_ids = torch.from_numpy(np.concatenate([s.input_ids for s in sequences])[None].astype(np.int64)).to(device)
+    loss_mask = torch.from_numpy(np.concatenate([s.loss_mask for s in sequences])[None]).to(device)
+    ends = np.cumsum([len(s) for s in sequences]).tolist()
+    owners = [i for i, sample in enumerate(samples) for _ in sample.sequences]
+    segments = tuple(zip(owners, [0, *ends[:-1]], ends, strict=True))
+    return Batch(tuple(samples), input_ids, torch.ones_like(input_ids), loss_mask, *_side_columns(sequences, device), segments)
+
+
+def _sequences(samples: Sequence[Sample]) -> list[TokenSequence]:
+    return [sequence for sample in samples for sequence in sample.sequences]
+
+
+def _side_columns(sequences: Sequence[TokenSequence], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Reference log-probabilities and advantages, NaN where there are none."""
     reference = np.array([s.reference for s in sequences], dtype=np.float32)
     advantage = np.array([s.advantage for s in sequences], dtype=np.float32)
-    arrays = (input_ids, attention_mask, loss_mask, reference, advantage)
-    return Batch(tuple(samples), *(torch.from_numpy(array).to(device) for array in arrays))
+    return torch.from_numpy(reference).to(device), torch.from_numpy(advantage).to(device)

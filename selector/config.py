@@ -92,6 +92,10 @@ class ScoreConfig:
     """Score rows that were added at the end of the data set since the store was begun, too."""
     tokens_per_batch: int | None = _execution(None)
     """Budget of tokens, padding included, of one forward and backward pass; found from the device's memory when none."""
+    padding_free: bool = _execution(False)
+    """Join sequences instead of padding them; pays with flash attention."""
+    checkpoint: bool = _execution(False)
+    """Recompute each decoder layer in the backward pass: less memory, a third more time; for long sequences."""
     shard_rows: int = _execution(512)
     """Samples per shard file of the store; a crash loses at most the shards not yet written."""
     max_failed: float = _execution(0.01)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from oracles import autograd_gradients
 
-from selector.batching import BatchQueue, deal, token_budget_batches
+from selector.batching import Batch, BatchQueue, collate, deal, join, token_budget_batches
 from selector.cli.score import show_estimate, summarize
 from selector.config import ScoreConfig
 from selector.data.samples import Encoder, Sample, TokenSequence
 from selector.errors import ModelError, NumericalError, StoreError
+from selector.gradients.losses import sequence_log_probs
 from selector.gradients.targets import find_targets
 from selector.scorer import estimate_run, score_dataset
 from selector.scorer.features import FeatureExtractor
@@ -156,6 +157,62 @@ def test_sample_that_does_not_fit_alone_gets_a_status(small_llama, tokenizer, po
     assert all((row["status"] == "ok") == (row["n_tokens"] <= 150) == (row["effective_rank"] is not None) for row in table)
 
 
+def features_of(model, batch: Batch, **options) -> dict[str, np.ndarray]:
+    extractor = FeatureExtractor(model, find_targets(model), "high", **options)
+    with extractor.attached():
+        rows = extractor(batch)
+    return {name: np.stack([row[name] for row in rows]) for name in MEASURES} | {"loss": np.array([row["loss"] for row in rows])}
+
+
+@pytest.fixture
+def samples(tokenizer, pool) -> list[Sample]:
+    rows = [{"prompt": r["prompt"], "completion": r["completion"]} for r in pool.select(range(5))]
+    return list(Encoder(tokenizer, 512, "error").encode(rows, [str(i) for i in range(5)], [None] * 5))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_joined_sequences_give_what_padded_ones_give(small_llama, samples, attention):
+    small_llama.set_attn_implementation(attention)
+    padded, joined = features_of(small_llama, collate(samples, 3)), features_of(small_llama, join(samples))
+    for name, expected in padded.items():
+        np.testing.assert_allclose(joined[name], expected, rtol=1e-5)
+
+
+def test_joined_sequences_of_one_sample_add_up(small_llama, samples):
+    pairs = [Sample(f"pair{i}", i, None, samples[i].sequences + samples[i + 1].sequences) for i in (0, 2)]
+    padded, joined = features_of(small_llama, collate(pairs, 3)), features_of(small_llama, join(pairs))
+    for name, expected in padded.items():
+        np.testing.assert_allclose(joined[name], expected, rtol=1e-5)
+
+
+def test_checkpointing_changes_no_number(small_llama, samples):
+    kept, recomputed = features_of(small_llama, collate(samples, 3)), features_of(small_llama, collate(samples, 3), checkpoint=True)
+    for name, expected in kept.items():
+        np.testing.assert_allclose(recomputed[name], expected, rtol=1e-5)
+
+
+def test_padding_free_run_equals_a_padded_one(small_llama, tokenizer, pool, tmp_path):
+    data = pool.select(range(8))
+    padded = score_dataset(small_llama, tokenizer, data, tmp_path / "padded")
+    joined = score_dataset(small_llama, tokenizer, data, tmp_path / "joined", ScoreConfig(padding_free=True, checkpoint=True))
+    assert joined.manifest.fingerprint == padded.manifest.fingerprint
+    for name in MEASURES:
+        np.testing.assert_allclose(joined.features(name), padded.features(name), rtol=1e-5)
+
+
+def test_log_probabilities_need_no_copy_of_the_logits_and_have_the_same_gradient(small_llama, samples):
+    """The chunked log-softmax against autograd's, in float64 and over several chunks."""
+    torch.manual_seed(0)
+    batch = collate(samples, 3)
+    logits = torch.randn(*batch.input_ids.shape, 37, dtype=torch.float64, requires_grad=True)
+    batch.input_ids.remainder_(37)
+    weights = torch.randn(5, dtype=torch.float64)
+    (found,) = torch.autograd.grad(sequence_log_probs(logits, batch) @ weights, logits)
+    each = logits[:, :-1].log_softmax(-1).gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+    (expected,) = torch.autograd.grad((each * batch.loss_mask[:, 1:]).sum(1) @ weights, logits)
+    torch.testing.assert_close(found, expected)
+
+
 # wrong numbers -------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +307,7 @@ def test_stored_sketches_are_those_of_the_gradients(small_llama, tokenizer, pool
     store = score_dataset(small_llama, tokenizer, data, tmp_path / "s", ScoreConfig(sketch_dimension=16))
     assert store.sketches().shape == (3, 14, 16)
     config = SketchConfig(dimension=16)
-    samples = Encoder(tokenizer, 512, "error").encode([{"prompt": r["prompt"], "completion": r["completion"]} for r in data], store.ids, [None] * 3)
+    samples = Encoder(tokenizer, 512, "error").encode([{"prompt": r["prompt"], "completion": r["completion"]} for r in data], store.ids.tolist(), [None] * 3)
     targets = find_targets(small_llama)
     for found, sample in zip(store.sketches(), samples, strict=True):
         gradients = autograd_gradients(small_llama, sample, [target.spec.name for target in targets])

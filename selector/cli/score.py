@@ -75,7 +75,7 @@ class ScoreCommand(Command):
                 problems.append(error)
             try:
                 model, tokenizer = load_model(
-                    self.model, self.config.dtype, device="cpu" if wants_sharding() else state.device,
+                    self.model, self.config.dtype, device="cpu" if wants_sharding() or state.device is None else state.device,
                     chat_template=self.chat_template, trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
                 )  # fmt: skip
             except SelectorError as error:
@@ -89,7 +89,9 @@ class ScoreCommand(Command):
             except SelectorError as error:
                 problems.append(error)
             raise_all(problems)
-        assert dataset is not None and model is not None and tokenizer is not None
+        assert dataset is not None
+        assert model is not None
+        assert tokenizer is not None
         if self.dry_run:
             plan, estimate = estimate_run(model, tokenizer, dataset, self.out, self.config, reference)
             if state.is_main_process:

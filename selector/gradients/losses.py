@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,9 @@ class LossSettings:
     max_length: int = 4096
     """Longest sequence, tokens: the constant of the `dr_grpo` normalizer."""
 
+
+ROWS_AT_ONCE = 1024
+"""Tokens whose logits are held in float32 at one time."""
 
 RESPONSE = LossSettings()
 """The loss of instruction tuning."""
@@ -112,24 +116,57 @@ def policy_gradient(sequences: Sequences, settings: LossSettings) -> Float[Tenso
     return -gains.sum(1) / n_tokens.sum(1).clamp(min=1)
 
 
-def sequence_log_probs(logits: Float[Tensor, "S T V"], batch: Batch) -> Float[Tensor, " S"]:
+class _TokenLogProbs(torch.autograd.Function):
+    """Log-probabilities of tokens that hold no float32 copy of the logits, which would be the largest tensor of the pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Float[Tensor, "P V"], tokens: Int[Tensor, " P"]) -> Float[Tensor, " P"]:
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        totals = [chunk.to(exact).logsumexp(-1) for chunk in logits.split(ROWS_AT_ONCE)]
+        total = torch.cat(totals) if totals else logits.new_empty(0, dtype=exact)
+        ctx.save_for_backward(logits, tokens, total)
+        return logits.gather(1, tokens[:, None]).squeeze(1).to(exact) - total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, tokens, total = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in torch.arange(len(logits), device=logits.device).split(ROWS_AT_ONCE):
+            part = torch.exp(logits[rows].to(total.dtype) - total[rows, None]).neg_()
+            part[torch.arange(len(rows), device=logits.device), tokens[rows]] += 1.0
+            gradient[rows] = (part * grads[0][rows, None]).to(gradient.dtype)
+        return gradient, None
+
+
+def sequence_log_probs(
+    logits: Float[Tensor, "R K V"], batch: Batch, columns: Int[Tensor, " K"] | None = None
+) -> Float[Tensor, " S"]:
     """Log-probability of the loss tokens of each sequence, nats, in float32 or better.
 
     Args:
         logits: next-token scores; position t predicts token t + 1.
         batch: the samples that gave them; every token of the loss mask is predicted.
+        columns: positions that the logits are of; all but the last of the batch's when None.
     """
-    predicted = batch.loss_mask[:, 1:]
-    # logits of prompt and padding tokens are left out before the float32 copy, which is the largest tensor of the pass
-    scores = logits[:, :-1][predicted]
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    log_probs = -F.cross_entropy(scores, batch.input_ids[:, 1:][predicted], reduction="none")
-    sequence = predicted.nonzero()[:, 0]
-    return log_probs.new_zeros(len(predicted)).index_add(0, sequence, log_probs)
+    if columns is None:
+        columns = torch.arange(batch.input_ids.shape[1] - 1, device=logits.device)
+    predicted = batch.loss_mask[:, columns + 1]
+    log_probs = _TokenLogProbs.apply(logits[:, : len(columns)][predicted], batch.input_ids[:, columns + 1][predicted])
+    owners = batch.sequence_of_token[:, columns + 1][predicted]
+    return log_probs.new_zeros(len(batch.reference)).index_add(0, owners, log_probs)
+
+
+def predicting_columns(batch: Batch) -> Int[Tensor, " K"]:
+    """Positions of a batch at which some sequence predicts a loss token; the others need no logits.
+
+    Args:
+        batch: any samples.
+    """
+    return batch.loss_mask[:, 1:].any(0).nonzero().squeeze(1)
 
 
 def sample_losses(
-    logits: Float[Tensor, "S T V"], batch: Batch, settings: LossSettings = RESPONSE
+    logits: Float[Tensor, "R K V"], batch: Batch, settings: LossSettings = RESPONSE, columns: Int[Tensor, " K"] | None = None
 ) -> Float[Tensor, " N"]:
     """Loss of each sample of a batch.
 
@@ -137,12 +174,15 @@ def sample_losses(
         logits: next-token scores; position t predicts token t + 1.
         batch: the samples that gave them.
         settings: which loss.
+        columns: positions that the logits are of; all of the batch's when None.
 
     Returns:
         In float32 or better; the gradient of the sum is, for each sample, what the sample gives alone.
     """
-    columns = (sequence_log_probs(logits, batch), batch.loss_mask[:, 1:].sum(1), batch.reference, batch.advantage)
-    sequences = Sequences(*(column.reshape(len(batch.samples), -1) for column in columns))
+    owners = batch.sequence_of_token[:, 1:][batch.loss_mask[:, 1:]]
+    n_tokens = owners.bincount(minlength=len(batch.reference))
+    values = (sequence_log_probs(logits, batch, columns), n_tokens, batch.reference, batch.advantage)
+    sequences = Sequences(*(value.reshape(len(batch.samples), -1) for value in values))
     return losses[settings.name](sequences, settings)
 
 
@@ -166,5 +206,5 @@ def reference_log_probs(model: nn.Module, batch: Batch) -> Float[Tensor, " S"]:
         batch: any samples.
     """
     with torch.no_grad(), _evaluating(model):
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits = model(**batch.inputs, use_cache=False).logits
         return sequence_log_probs(logits, batch)

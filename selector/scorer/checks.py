@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from selector.batching import collate
 from selector.data.samples import Sample
 from selector.errors import ModelError, NumericalError, SelectorError, raise_all
-from selector.scorer.measure import Extract, padded_tokens
+from selector.scorer.measure import Collate, Extract, padded_tokens
 from selector.types import MEASURES
 
 PATCHES = {"liger_kernel": "Liger", "unsloth": "Unsloth", "cut_cross_entropy": "Cut Cross-Entropy"}
@@ -51,14 +50,13 @@ def patched_modules(model: nn.Module) -> list[SelectorError]:
     ]  # fmt: skip
 
 
-def self_test(extract: Extract, samples: Sequence[Sample], pad_token_id: int, device: torch.device, dtype: torch.dtype) -> float:
+def self_test(extract: Extract, samples: Sequence[Sample], collate: Collate, dtype: torch.dtype) -> float:
     """Measure two samples alone and together and compare.
 
     Args:
         extract: batch to rows of the feature store.
         samples: of status `ok`, one or more.
-        pad_token_id: fills the padding.
-        device: where the model is.
+        collate: makes a batch of samples on the model's device.
         dtype: of the model.
 
     Returns:
@@ -69,8 +67,8 @@ def self_test(extract: Extract, samples: Sequence[Sample], pad_token_id: int, de
     """
     tolerance = TOLERANCE_32_BIT if dtype.itemsize >= 4 else TOLERANCE_16_BIT
     pair = _two_lengths(samples)
-    alone = [extract(collate([sample], pad_token_id, device))[0] for sample in pair]
-    together = extract(collate(pair, pad_token_id, device))
+    alone = [extract(collate([sample]))[0] for sample in pair]
+    together = extract(collate(pair))
     problems: list[SelectorError] = []
     worst = 0.0
     for sample, first, second in zip(pair, alone, together, strict=True):
@@ -84,9 +82,9 @@ def self_test(extract: Extract, samples: Sequence[Sample], pad_token_id: int, de
                 problems.append(
                     NumericalError(
                         f"self-test: {name} of {where} depends on its batch mates",
-                        got=f"relative difference {difference:.2g} between alone and a padded batch of {padded_tokens(pair)} tokens",
+                        got=f"relative difference {difference:.2g} between alone and a batch of {padded_tokens(pair)} tokens",
                         allowed=f"{tolerance:g} for a {str(dtype).removeprefix('torch.')} model",
-                        fix="check attn_implementation (try sdpa or eager), dropout inside custom modules, and patched kernels",
+                        fix="check --padding-free and attn_implementation (try sdpa or eager), dropout inside custom modules, and patched kernels",
                     )
                 )
     raise_all(problems)

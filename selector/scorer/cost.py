@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from selector.batching import collate, token_budget_batches
+from selector.batching import token_budget_batches
 from selector.data.samples import Sample
 from selector.scorer.features import FeatureExtractor
-from selector.scorer.measure import padded_tokens
+from selector.scorer.measure import Collate, padded_tokens
 from selector.types import MEASURES
 
 FORWARDS_PER_TRAINING_STEP = 3
@@ -50,14 +50,14 @@ class Estimate:
     """Size of the finished store."""
 
 
-def estimate(extract: FeatureExtractor, samples: Sequence[Sample], tokens_per_batch: int, pad_token_id: int, device: torch.device, state: PartialState) -> Estimate:
+def estimate(extract: FeatureExtractor, samples: Sequence[Sample], tokens_per_batch: int, collate: Collate, device: torch.device, state: PartialState) -> Estimate:
     """Measure a few batches of different lengths and reckon the rest from them; nothing is written.
 
     Args:
         extract: attached to the model.
         samples: all of status `ok` that are still to be measured, one or more.
         tokens_per_batch: budget of a batch.
-        pad_token_id: fills the padding.
+        collate: makes a batch of samples on the model's device.
         device: where the model is.
         state: place of this process.
     """
@@ -65,12 +65,12 @@ def estimate(extract: FeatureExtractor, samples: Sequence[Sample], tokens_per_ba
     chosen = sorted({round(i) for i in np.linspace(0, len(batches) - 1, PROBES)})
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    extract(collate(batches[chosen[-1]], pad_token_id, device))  # the first pass of a process is slow
+    extract(collate(batches[chosen[-1]]))  # the first pass of a process is slow
     forward = extract.forward_seconds
     seconds = []
     for i in chosen:
         started = time.perf_counter()
-        extract(collate(batches[i], pad_token_id, device))
+        extract(collate(batches[i]))
         seconds.append(time.perf_counter() - started)
     per_token = [spent / padded_tokens(batches[i]) for i, spent in zip(chosen, seconds, strict=True)]
     sizes = np.array([padded_tokens(batch) for batch in batches])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from selector.batching import Batch
 from selector.config import Precision
@@ -19,7 +20,7 @@ from selector.data.samples import Sample
 from selector.errors import ModelError
 from selector.gradients.capture import GradientCapture, LayerFactors, gradients_of_activations_only
 from selector.gradients.experts import ExpertRows
-from selector.gradients.losses import RESPONSE, LossSettings, reference_log_probs, sample_losses
+from selector.gradients.losses import RESPONSE, LossSettings, predicting_columns, reference_log_probs, sample_losses
 from selector.gradients.targets import Target
 from selector.spectra import Core, SketchConfig, measures, reduce_factors, sketch, solve
 from selector.types import MEASURES
@@ -38,20 +39,24 @@ class FeatureExtractor:
         loss: which loss the samples have.
         reference: the DPO loss's reference model, where the data set has no log-probabilities of one; the model itself
             when None.
+        checkpoint: recompute each decoder layer in the backward pass instead of keeping its activations.
     """
 
     def __init__(
         self, model: nn.Module, targets: Sequence[Target], precision: Precision, sketch: SketchConfig | None = None,
-        loss: LossSettings = RESPONSE, reference: nn.Module | None = None,
+        loss: LossSettings = RESPONSE, reference: nn.Module | None = None, checkpoint: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.targets, self.precision, self.sketch = model, targets, precision, sketch
+        self.model, self.targets, self.sketch = model, targets, sketch
+        self.precision: Precision = precision
         self.loss, self.reference = loss, reference
         self.forward_seconds = 0.0
         """Time that forward passes have taken so far: the unit in which a training step is reckoned."""
         self._position = {target.spec.key: i for i, target in enumerate(targets)}
         self._cores: list[tuple[int, Core, ExpertRows | None]] = []
         self._sketches: dict[int, Tensor] = {}
-        self._capture = GradientCapture(model, targets, self._take)
+        self._capture = GradientCapture(model, targets, self._take, checkpoint=checkpoint)
+        whole: nn.Module = getattr(model, "get_base_model", lambda: model)()
+        self._keeps_logits = "logits_to_keep" in inspect.signature(whole.forward).parameters
 
     @contextmanager
     def attached(self) -> Iterator[FeatureExtractor]:
@@ -69,14 +74,14 @@ class FeatureExtractor:
             The row of the feature store of each sample.
         """
         self._cores, self._sketches = [], {}
-        self._capture.begin(samples=len(batch.samples))
+        self._capture.begin(samples=len(batch.samples), segments=batch.segments)
         if self.reference is not None:
             batch = dataclasses.replace(batch, reference=reference_log_probs(self.reference, batch))
         clock = Stopwatch(batch.input_ids.device)
         with torch.enable_grad():
             with clock:
-                logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            losses = sample_losses(logits, batch, self.loss)
+                logits, columns = self._logits(batch)
+            losses = sample_losses(logits, batch, self.loss, columns)
             losses.sum().backward()
         self._capture.finish()
         features, measured = self._features(len(batch.samples), batch.input_ids.device)
@@ -92,6 +97,13 @@ class FeatureExtractor:
             values = {name: matrix[i] for name, matrix in (features | sketches).items()}
             rows.append(sample_row(batch.samples[i], status, loss, values))
         return rows
+
+    def _logits(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Logits of the positions that predict loss tokens, and these, where the model can leave the others out."""
+        if not self._keeps_logits:
+            return self.model(**batch.inputs, use_cache=False).logits, None
+        columns = predicting_columns(batch)
+        return self.model(**batch.inputs, use_cache=False, logits_to_keep=columns).logits, columns
 
     def _take(self, factors: LayerFactors) -> None:
         cores = reduce_factors(factors.x, factors.deltas, precision=self.precision)
@@ -194,5 +206,5 @@ def sample_row(
         "truncated": sample.truncated,
         "status": status,
         "loss": loss if scored else None,
-        **(features if scored else dict.fromkeys(MEASURES)),
+        **(features or {} if scored else dict.fromkeys(MEASURES)),
     }

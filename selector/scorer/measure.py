@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from selector.batching import Batch, BatchQueue, collate
+from selector.batching import Batch, BatchQueue
 from selector.data.samples import Sample
 from selector.errors import ModelError
 from selector.scorer.features import sample_row
@@ -29,13 +29,13 @@ SHARE_OF_MEMORY = 0.7
 OUT_OF_MEMORY = "error: out of memory"
 
 Extract = Callable[[Batch], list[dict[str, Any]]]
+Collate = Callable[[Sequence[Sample]], Batch]
 Take = Callable[[dict[str, Any]], None]
 
 
 def measure(
-    extract: Extract, take: Take, samples: Sequence[Sample], tokens_per_batch: int, pad_token_id: int,
-    device: torch.device, progress: Progress,
-) -> int:  # fmt: skip
+    extract: Extract, take: Take, samples: Sequence[Sample], tokens_per_batch: int, collate: Collate, progress: Progress
+) -> int:
     """Measure samples with a model that this process holds whole.
 
     Args:
@@ -43,8 +43,7 @@ def measure(
         take: called with every row.
         samples: of status `ok`.
         tokens_per_batch: the budget to begin with.
-        pad_token_id: fills the padding.
-        device: where the model is.
+        collate: makes a batch of samples on the model's device.
         progress: told of every finished batch.
 
     Returns:
@@ -53,7 +52,7 @@ def measure(
     queue = BatchQueue(samples, tokens_per_batch)
     while queue:
         batch = queue.pop()
-        rows = _attempt(extract, collate(batch, pad_token_id, device))
+        rows = _attempt(extract, collate(batch))
         if rows is None and len(batch) > 1:
             queue.put_back(batch)
             queue.tokens_per_batch = padded_tokens(batch) // 2
@@ -66,9 +65,8 @@ def measure(
 
 
 def measure_in_step(
-    extract: Extract, take: Take, batches: Sequence[Sequence[Sample]], rounds: int, filler: Sample, pad_token_id: int,
-    device: torch.device, progress: Progress,
-) -> None:  # fmt: skip
+    extract: Extract, take: Take, batches: Sequence[Sequence[Sample]], rounds: int, filler: Sample, collate: Collate, progress: Progress
+) -> None:
     """Measure batches with a sharded model, which every process has to run equally often.
 
     Args:
@@ -77,8 +75,7 @@ def measure_in_step(
         batches: of this process.
         rounds: number of batches of the process with the most.
         filler: a short sample, measured for nothing by processes that have finished.
-        pad_token_id: fills the padding.
-        device: where the batches go.
+        collate: makes a batch of samples on the model's device.
         progress: told of every finished batch.
 
     Raises:
@@ -86,7 +83,7 @@ def measure_in_step(
     """
     for i in range(rounds):
         batch = batches[i] if i < len(batches) else [filler]
-        rows = _attempt(extract, collate(batch, pad_token_id, device))
+        rows = _attempt(extract, collate(batch))
         if rows is None:
             raise ModelError(
                 "out of memory with a sharded model", got=f"a batch of {padded_tokens(batch)} tokens",
@@ -98,13 +95,13 @@ def measure_in_step(
             progress.advance(len(batch), sum(sample.n_tokens for sample in batch))
 
 
-def find_budget(extract: Extract, longest: Sample, pad_token_id: int, device: torch.device) -> int:
+def find_budget(extract: Extract, longest: Sample, collate: Collate, device: torch.device) -> int:
     """A token budget from the memory that the longest sample takes, which per token is the most of any.
 
     Args:
         extract: batch to rows of the feature store; its rows are dropped.
         longest: the sample with the longest sequence.
-        pad_token_id: fills the padding.
+        collate: makes a batch of samples on the model's device.
         device: where the model is.
 
     Returns:
@@ -117,7 +114,7 @@ def find_budget(extract: Extract, longest: Sample, pad_token_id: int, device: to
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0]
-    if _attempt(extract, collate(batch, pad_token_id, device)) is None:
+    if _attempt(extract, collate(batch)) is None:
         return padded_tokens(batch)
     used = max(torch.cuda.max_memory_allocated(device) - before, 1)
     fitting = int(SHARE_OF_MEMORY * free / used * padded_tokens(batch))

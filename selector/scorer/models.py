@@ -62,7 +62,8 @@ def load_model(
         except (OSError, UnicodeDecodeError) as error:
             problems.append(ModelError("the chat template cannot be read", got=error, allowed="a Jinja file", fix="check the path"))
     raise_all(problems)
-    assert model is not None and tokenizer is not None
+    assert model is not None
+    assert tokenizer is not None
     return model.to(device), tokenizer  # pyright: ignore[reportArgumentType]
 
 

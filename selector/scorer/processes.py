@@ -37,7 +37,7 @@ def process_state() -> PartialState:
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     # without being told so, Accelerate takes several processes without GPUs for one
-    on_cpu = launched > 1 and not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    on_cpu = (launched > 1 and not torch.cuda.is_available()) or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     if state.num_processes != launched and launched > 1:
         raise SelectorError(

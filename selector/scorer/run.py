@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from selector.batching import deal, token_budget_batches
+from selector.batching import Batch, collate, deal, join, token_budget_batches
 from selector.config import ScoreConfig, save_yaml
 from selector.data.layout import REFERENCE
 from selector.data.samples import Sample
@@ -128,7 +128,7 @@ def estimate_run(
         return run.plan, None
     with run.extractor.attached():
         run.self_test()
-        return run.plan, estimate(run.extractor, run.measurable, run.budget(), run.pad_token_id, run.device, run.state)
+        return run.plan, estimate(run.extractor, run.measurable, run.budget(), run.collate, run.device, run.state)
 
 
 def _begin(
@@ -162,9 +162,11 @@ def _begin(
     sketch = SketchConfig(dimension=config.sketch_dimension) if config.sketch_dimension else None
     return _Run(
         plan=work, manifest=manifest, config=config, state=state, pending=pending, sharded=sharded, dtype=dtype,
-        device=state.device if sharded else next(model.parameters()).device,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-        extractor=FeatureExtractor(model, work.targets, config.precision, sketch, work.loss, reference),
+        device=torch.device(state.device or "cpu") if sharded else next(model.parameters()).device,
+        pad_token_id=tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0,
+        extractor=FeatureExtractor(
+            model, work.targets, config.precision, sketch, work.loss, reference, checkpoint=config.checkpoint
+        ),
     )  # fmt: skip
 
 
@@ -183,6 +185,7 @@ class _Run:
     device: torch.device
     dtype: torch.dtype
     pad_token_id: int
+    """Fills the padding; its value has no effect."""
 
     @property
     def measurable(self) -> list[Sample]:
@@ -193,9 +196,13 @@ class _Run:
         """Where a failure is told to all; but a process that fails in a sharded model's layers must end, and with it the job."""
         return nullcontext() if self.sharded else together(self.state)
 
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """A batch on the model's device, padded or joined."""
+        return join(samples, self.device) if self.config.padding_free else collate(samples, self.pad_token_id, self.device)
+
     def self_test(self) -> float:
         """Refuse a model whose samples depend on each other."""
-        return self_test(self.extractor, self.measurable, self.pad_token_id, self.device, self.dtype)
+        return self_test(self.extractor, self.measurable, self.collate, self.dtype)
 
     def budget(self) -> int:
         """Tokens per batch: the user's, else the last that this store saw on such a device, else what the memory allows."""
@@ -207,7 +214,7 @@ class _Run:
         if self.sharded or not self.measurable:
             return DEFAULT_BUDGET
         longest = max(self.measurable, key=lambda sample: max(map(len, sample.sequences)))
-        return find_budget(self.extractor, longest, self.pad_token_id, self.device)
+        return find_budget(self.extractor, longest, self.collate, self.device)
 
     def measure(self, writer: StoreWriter) -> int:
         """Measure this process's share and write it; returns the token budget at the end."""
@@ -223,8 +230,8 @@ class _Run:
                 batches = token_budget_batches(samples, budget)
                 filler = min(self.measurable, key=lambda sample: sample.n_tokens)
                 rounds = most(len(batches), self.state)
-                measure_in_step(self.extractor, writer.add, batches, rounds, filler, self.pad_token_id, self.device, progress)
+                measure_in_step(self.extractor, writer.add, batches, rounds, filler, self.collate, progress)
             else:
-                budget = measure(self.extractor, writer.add, samples, budget, self.pad_token_id, self.device, progress)
+                budget = measure(self.extractor, writer.add, samples, budget, self.collate, progress)
         writer.flush()
         return budget

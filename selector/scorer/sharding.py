@@ -60,7 +60,7 @@ def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
         parameter: of a sharded or an ordinary model.
     """
     if isinstance(parameter, DTensor):
-        yield parameter.detach().full_tensor()
+        yield parameter.full_tensor().detach()
     elif hasattr(parameter, "ds_id"):
         from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
 

@@ -22,7 +22,16 @@ import yaml
 
 from selector.config import save_yaml
 from selector.errors import StoreError
-from selector.store.schema import CONFIG, FORMAT_VERSION, MANIFEST, MANIFEST_BACKUP, METADATA_KEY, QUARANTINE, SHARDS, Manifest
+from selector.store.schema import (
+    CONFIG,
+    FORMAT_VERSION,
+    MANIFEST,
+    MANIFEST_BACKUP,
+    METADATA_KEY,
+    QUARANTINE,
+    SHARDS,
+    Manifest,
+)
 from selector.store.writer import StoreWriter, checksum, temporary_files, write_manifest
 
 PARQUET_END = b"PAR1"

@@ -160,7 +160,8 @@ class StoreWriter:
         lists = [field.name for field in self.schema if pa.types.is_fixed_size_list(field.type)]
         pq.write_table(
             table.replace_schema_metadata(self.schema.metadata), sink, compression="zstd",
-            use_dictionary=["source", "status"], use_byte_stream_split=[f"{name}.list.element" for name in lists],
+            use_dictionary=["source", "status"],  # pyright: ignore[reportArgumentType]
+            use_byte_stream_split=[f"{name}.list.element" for name in lists],  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
         content = sink.getvalue().to_pybytes()
         path = self.store / SHARDS / f"{self.rank:05d}-{self._sequence:06d}-{checksum(content)}.parquet"
