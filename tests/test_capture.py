@@ -201,6 +201,21 @@ def test_layer_whose_hooks_do_not_run_is_named(llama, batch):
     assert "layers.0" not in str(caught.value)
 
 
+def test_inputs_that_are_overwritten_in_place_are_refused(llama, batch):
+    """Without weight gradients autograd does not keep the inputs, and does not complain either."""
+    seen = []
+
+    def overwrite(module, inputs, output):
+        seen.pop().zero_()
+
+    mlp = llama.model.layers[1].mlp
+    mlp.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    mlp.register_forward_hook(overwrite)
+    with pytest.raises(ModelError, match="overwritten before they could be measured") as caught:
+        captured_gradients(llama, find_targets(llama), batch)
+    assert "model.layers.1.mlp.down_proj" in str(caught.value)
+
+
 def test_targets_of_another_model_are_noticed(llama, batch):
     other = build(LLAMA)
     with pytest.raises(ModelError, match="hooks did not run"):

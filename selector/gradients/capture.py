@@ -26,6 +26,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from selector.errors import ModelError
 from selector.gradients.checkpointing import decoder_layers, is_recomputed, recomputed
 from selector.gradients.experts import ExpertRows, Observer, Routing, by_pair, observed_expert, observed_experts
+from selector.gradients.sites import Call, Input, Kept, Site
 from selector.gradients.targets import Target
 from selector.gradients.tokens import Segment, TokenMap
 from selector.types import LayerSpec
@@ -51,37 +52,6 @@ Consumer = Callable[[LayerFactors], None]
 """Takes the factors of the modules that read one input; must not keep them."""
 
 
-class _Site:
-    """One place of a model where inputs and output gradients meet: a module, one stack of a module of experts, or a layer of one expert."""
-
-    def __init__(self, targets: Sequence[Target], ancestors: Sequence[nn.Module], expert: int) -> None:
-        self.targets = tuple(targets)
-        self.module, self.stack, self.factors = targets[0].module, targets[0].stack, targets[0].factors
-        self.name = targets[0].spec.name if self.stack is None else f"{targets[0].spec.name}.{self.stack.name}"
-        self.ancestors, self.expert = ancestors, expert
-
-
-class _Input:
-    """One input and the calls, so far, of the sites that read it; x is None once it was handed over."""
-
-    def __init__(self, x: Tensor, routing: Routing | None) -> None:
-        self.x: Tensor | None = x
-        self.routing = routing
-        self.calls: list[_Call] = []
-
-    def is_of(self, x: Tensor) -> bool:
-        return self.x is not None and self.x.data_ptr() == x.data_ptr() and self.x.shape == x.shape
-
-
-class _Call:
-    """What is known of one site in the current batch."""
-
-    def __init__(self, site: _Site) -> None:
-        self.site = site
-        self.input: _Input | None = None
-        self.delta: Tensor | None = None
-
-
 class GradientCapture:
     """Hooks on the target modules of one model, for the time of a `with` block. The model is left as it was.
 
@@ -103,10 +73,10 @@ class GradientCapture:
         grouped: dict[tuple[int, str], list[Target]] = {}
         for target in targets:
             grouped.setdefault((id(target.module), target.stack.name if target.stack else ""), []).append(target)
-        self._sites: list[_Site] = []
+        self._sites: list[Site] = []
         for first, *others in grouped.values():
             for expert in range(len(first.module)) if isinstance(first.module, nn.ModuleList) else (0,):
-                self._sites.append(_Site((first, *others), _ancestors(modules, first.spec.name), expert))
+                self._sites.append(Site((first, *others), _ancestors(modules, first.spec.name), expert))
         self._tokens = TokenMap(1)
         self._forget()
 
@@ -176,16 +146,16 @@ class GradientCapture:
         self._forget()
 
     def _forget(self) -> None:
-        self._inputs: list[_Input] = []
-        self._calls: dict[int, _Call] = {}
+        self._inputs: list[Input] = []
+        self._calls: dict[int, Call] = {}
         self._measuring = False
         self._reached: set[str] = set()
         self._recomputed: set[int] = set()
 
-    def _hook(self, site: _Site, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _hook(self, site: Site, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._observe(site, inputs[0], output)
 
-    def _observe(self, site: _Site, x: Tensor, output: Tensor, routing: Callable[[], Routing] | None = None) -> None:
+    def _observe(self, site: Site, x: Tensor, output: Tensor, routing: Callable[[], Routing] | None = None) -> None:
         """Note that a site was computed, in the forward pass or again in the backward pass."""
         if not self._measuring:
             return
@@ -205,60 +175,50 @@ class GradientCapture:
                 allowed="layers with weights of their own",
                 fix="leave it out by --layers or --projections",
             )
-        self._calls[id(site)] = call = _Call(site)
+        self._calls[id(site)] = call = Call(site)
         if in_backward or id(site) not in self._recomputed:
             self._take_input(call, x, routing)
         output.register_hook(partial(self._receive, call))
 
-    def _take_input(self, call: _Call, x: Tensor, routing: Callable[[], Routing] | None) -> None:
+    def _take_input(self, call: Call, x: Tensor, routing: Callable[[], Routing] | None) -> None:
         if not (self._inputs and routing is None and self._inputs[-1].is_of(x)):
-            self._inputs.append(_Input(x.detach(), routing() if routing else None))
+            self._inputs.append(Input(Kept(x), routing() if routing else None))
         call.input = self._inputs[-1]
         call.input.calls.append(call)
         if call.delta is not None:
             self._hand_over(call.input)
 
-    def _receive(self, call: _Call, delta: Tensor) -> None:
-        call.delta = delta.detach()
+    def _receive(self, call: Call, delta: Tensor) -> None:
+        call.delta = Kept(delta)
         if call.input is not None and all(other.delta is not None for other in call.input.calls):
             self._hand_over(call.input)
 
     @torch.no_grad()
-    def _hand_over(self, group: _Input) -> None:
+    def _hand_over(self, group: Input) -> None:
         """Give the consumer what has arrived for one input, and let go of it."""
-        calls = [call for call in group.calls if call.delta is not None]
-        x, group.x, group.calls = group.x, None, []
-        if x is None or not calls:
+        x, deltas = group.release()
+        if x is None or not deltas:
             return
         if group.routing is not None:
-            self._hand_over_experts(calls[0], x, group.routing)
+            owners = self._tokens.owners(group.routing.tokens, x.device)
+            for site, delta in deltas:
+                for inputs, outputs, pairs in by_pair(x, delta, group.routing, owners):
+                    self._consume(inputs, site.parts(outputs), pairs)
             return
         rows = self._tokens.split(x)
         shared: list[tuple[LayerSpec, Tensor]] = []
-        for call in calls:
-            delta, call.delta = self._tokens.split(call.delta), None  # pyright: ignore[reportArgumentType]
-            if call.site.factors is None:
-                shared += _parts(call.site, delta)
+        for site, delta in deltas:
+            if site.factors is None:
+                shared += site.parts(self._tokens.split(delta))
             else:
-                inputs, outputs = call.site.factors(rows, delta)
-                self._consume(inputs, _parts(call.site, outputs))
+                inputs, outputs = site.factors(rows, self._tokens.split(delta))
+                self._consume(inputs, site.parts(outputs))
         if shared:
             self._consume(rows, shared)
-
-    @torch.no_grad()
-    def _hand_over_experts(self, call: _Call, x: Tensor, routing: Routing) -> None:
-        assert call.delta is not None
-        delta, call.delta = call.delta, None
-        for inputs, outputs, pairs in by_pair(x, delta, routing, self._tokens.owners(routing.tokens, x.device)):
-            self._consume(inputs, _parts(call.site, outputs), pairs)
 
     def _consume(self, x: Tensor, parts: list[tuple[LayerSpec, Tensor]], experts: ExpertRows | None = None) -> None:
         specs, deltas = zip(*parts, strict=True)
         self.consumer(LayerFactors(x=x, deltas=deltas, specs=specs, experts=experts))
-
-
-def _parts(site: _Site, delta: Tensor) -> list[tuple[LayerSpec, Tensor]]:
-    return [(target.spec, delta if target.columns is None else target.columns.of(delta)) for target in site.targets]
 
 
 def _ancestors(modules: dict[str, nn.Module], name: str) -> list[nn.Module]:
