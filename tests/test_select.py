@@ -169,6 +169,7 @@ def test_targets_by_id_are_matched_and_not_picked(indexed):
     by_vectors = select(scores, budget=6, policy="match-target", vectors=vectors, target=target)
     assert by_index.ids.tolist() == by_vectors.ids.tolist()
     assert not set(target) & set(by_index.ids)
+    assert by_index.provenance["target"] == target
 
 
 def test_samples_that_the_index_does_not_hold_are_named(indexed):
