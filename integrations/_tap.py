@@ -25,7 +25,7 @@ from selector.errors import IntegrationError
 from selector.gradients.capture import GradientCapture, LayerFactors
 from selector.gradients.targets import Target, find_targets
 from selector.gradients.tokens import Segment
-from selector.sampling.adaptive import AdaptiveSampler
+from selector.sampling.sampler import SelectionSampler
 from selector.sampling.spectral import SpectrumSignal
 from selector.spectra import Core, measures, reduce_factors, solve
 
@@ -54,11 +54,14 @@ class Tap:
         signal: takes the measurements.
     """
 
-    def __init__(self, trainer: Any, sampler: AdaptiveSampler, signal: SpectrumSignal) -> None:
+    def __init__(self, trainer: Any, sampler: SelectionSampler, signal: SpectrumSignal) -> None:
         self.trainer, self.sampler, self.signal = trainer, sampler, signal
         self.seconds = 0.0
         self.step = 0
-        self._generates, self._pairs = hasattr(trainer, "_generate_and_score_completions"), is_kind(trainer, "DPOTrainer")
+        self._generates, self._pairs = (
+            hasattr(trainer, "_generate_and_score_completions"),
+            is_kind(trainer, "DPOTrainer"),
+        )
         self._capture: GradientCapture | None = None
         self._plain: list[float] = []
         self._tapped: list[float] = []
@@ -130,7 +133,9 @@ class Tap:
 
     def _chosen(self, count: int) -> list[Target]:
         layers = [self._indices[round(i)] for i in np.linspace(0, len(self._indices) - 1, count + 2)[1:-1]]
-        return find_targets(self._model, self.signal.projections, sorted(set(layers)) if count < len(self._indices) else ())
+        return find_targets(
+            self._model, self.signal.projections, sorted(set(layers)) if count < len(self._indices) else ()
+        )
 
     def _timed_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One of the first steps, whose times decide how many layers to measure."""
@@ -144,7 +149,10 @@ class Tap:
             step, tapped = (statistics.median(t[len(t) // 3 :]) for t in (self._plain, self._tapped))
             assert self.signal.share is not None
             affordable = self.signal.share * step / max(tapped - step, 1e-9) * len(self._indices)
-            plan = [min(max(int(affordable), 1), len(self._indices)), max(1, round(1 / affordable)) if affordable < 1 else 1]
+            plan = [
+                min(max(int(affordable), 1), len(self._indices)),
+                max(1, round(1 / affordable)) if affordable < 1 else 1,
+            ]
             broadcast_object_list(plan)
             self.signal.layers, self.signal.every = plan
             self._targets = self._chosen(self.signal.layers)
