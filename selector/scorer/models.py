@@ -84,6 +84,8 @@ def model_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         with whole(parameter) as values:
+            if values.is_meta:  # of a process that gets its weights when the model is sharded
+                continue
             flat = values.reshape(-1)
             positions = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLED_VALUES, flat.numel()), device=flat.device).long()
             digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())

@@ -147,7 +147,7 @@ def _begin(
         logger.info("linear layers that are not measured: %s", ", ".join(left_out))
     if work.duplicates:
         logger.info("%d rows repeat the content of another row; ids keep them apart", work.duplicates)
-    manifest = work.manifest
+    manifest = from_main(work.manifest, state)  # launchers may load weights on the main process alone
     with together(state):
         if state.is_local_main_process:
             manifest = check(store, manifest, work.rows, config.append)

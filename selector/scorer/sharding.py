@@ -42,7 +42,9 @@ def shard(model: nn.Module) -> nn.Module:
     Returns:
         The model to call in place of it.
     """
-    if not wants_sharding() or is_sharded(model):
+    # under ZeRO-3 the weights are parted as they are loaded, and still need the engine
+    ready = any(isinstance(parameter, DTensor) for parameter in model.parameters()) or type(model).__name__ == "DeepSpeedEngine"
+    if ready or not wants_sharding():
         return model
     accelerator = Accelerator()
     plugin = accelerator.state.deepspeed_plugin
