@@ -127,15 +127,15 @@ def test_out_of_memory_halves_the_budget_and_the_store_remembers_it(small_llama,
             raise torch.OutOfMemoryError("scarce")
         return original(self, batch)
 
-    data = pool.select(range(16))
+    data = pool.select(range(10))
     monkeypatch.setattr(FeatureExtractor, "__call__", scarce)
     store = score_dataset(small_llama, tokenizer, data, tmp_path / "s")
-    assert len(store) == 16
+    assert len(store) == 10
     assert store.verify() == []
     budget = store.manifest.cost[-1]["tokens_per_batch"]
     assert budget < 4096
     tried.clear()
-    score_dataset(small_llama, tokenizer, pool.select(range(20)), tmp_path / "s", ScoreConfig(append=True))
+    score_dataset(small_llama, tokenizer, pool.select(range(13)), tmp_path / "s", ScoreConfig(append=True))
     assert max(tried[3:]) <= budget
 
 

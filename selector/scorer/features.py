@@ -22,6 +22,7 @@ from selector.gradients.capture import GradientCapture, LayerFactors, gradients_
 from selector.gradients.experts import ExpertRows
 from selector.gradients.losses import RESPONSE, LossSettings, predicting_columns, reference_log_probs, sample_losses
 from selector.gradients.targets import Target
+from selector.scorer.sharding import without_engine
 from selector.spectra import Core, SketchConfig, measures, reduce_factors, sketch, solve
 from selector.types import MEASURES
 
@@ -32,7 +33,7 @@ class FeatureExtractor:
     Use it inside `with extractor.attached():`, which hooks the model and restores it.
 
     Args:
-        model: a causal language model on its device.
+        model: a causal language model on its device, or the engine that runs it.
         targets: the layer table.
         precision: how exactly spectra are computed.
         sketch: how gradients are sketched; not at all when None.
@@ -46,7 +47,8 @@ class FeatureExtractor:
         self, model: nn.Module, targets: Sequence[Target], precision: Precision, sketch: SketchConfig | None = None,
         loss: LossSettings = RESPONSE, reference: nn.Module | None = None, checkpoint: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.targets, self.sketch = model, targets, sketch
+        self.model, self.targets, self.sketch = without_engine(model), targets, sketch
+        self._run = model
         self.precision: Precision = precision
         self.loss, self.reference = loss, reference
         self.forward_seconds = 0.0
@@ -54,8 +56,8 @@ class FeatureExtractor:
         self._position = {target.spec.key: i for i, target in enumerate(targets)}
         self._cores: list[tuple[int, Core, ExpertRows | None]] = []
         self._sketches: dict[int, Tensor] = {}
-        self._capture = GradientCapture(model, targets, self._take, checkpoint=checkpoint)
-        whole: nn.Module = getattr(model, "get_base_model", lambda: model)()
+        self._capture = GradientCapture(self.model, targets, self._take, checkpoint=checkpoint)
+        whole: nn.Module = getattr(self.model, "get_base_model", lambda: self.model)()
         self._keeps_logits = "logits_to_keep" in inspect.signature(whole.forward).parameters
 
     @contextmanager
@@ -101,9 +103,9 @@ class FeatureExtractor:
     def _logits(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Logits of the positions that predict loss tokens, and these, where the model can leave the others out."""
         if not self._keeps_logits:
-            return self.model(**batch.inputs, use_cache=False).logits, None
+            return self._run(**batch.inputs, use_cache=False).logits, None
         columns = predicting_columns(batch)
-        return self.model(**batch.inputs, use_cache=False, logits_to_keep=columns).logits, columns
+        return self._run(**batch.inputs, use_cache=False, logits_to_keep=columns).logits, columns
 
     def _take(self, factors: LayerFactors) -> None:
         cores = reduce_factors(factors.x, factors.deltas, precision=self.precision)

@@ -43,7 +43,7 @@ def shard(model: nn.Module) -> nn.Module:
         The model to call in place of it.
     """
     # under ZeRO-3 the weights are parted as they are loaded, and still need the engine
-    ready = any(isinstance(parameter, DTensor) for parameter in model.parameters()) or type(model).__name__ == "DeepSpeedEngine"
+    ready = any(isinstance(parameter, DTensor) for parameter in model.parameters()) or without_engine(model) is not model
     if ready or not wants_sharding():
         return model
     accelerator = Accelerator()
@@ -52,6 +52,15 @@ def shard(model: nn.Module) -> nn.Module:
         plugin.deepspeed_config.update(train_micro_batch_size_per_gpu=1, zero_allow_untested_optimizer=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     return accelerator.prepare(model, optimizer)[0]
+
+
+def without_engine(model: nn.Module) -> nn.Module:
+    """The model that a DeepSpeed engine runs; any other as it is.
+
+    Args:
+        model: what `shard` returned.
+    """
+    return model.module if type(model).__name__ == "DeepSpeedEngine" else model  # pyright: ignore[reportReturnType]
 
 
 @contextlib.contextmanager
