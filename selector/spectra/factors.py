@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selector.errors import ConfigError, SelectorError, did_you_mean
-from selector.spectra.linalg import matmul, root_eigenvalues, semidefinite_factor, uses_kernels
+from selector.spectra.linalg import matmul, outer_square, root_eigenvalues, semidefinite_factor, uses_kernels
 from selector.spectra.threads import over_batch
 
 Precision = Literal["fast", "high", "reference", "auto"]
@@ -48,7 +48,7 @@ class Core:
     """The small matrices that hold the spectra of one projection for a batch of samples."""
 
     matrix: Float[Tensor, "N n m"]
-    """A symmetric matrix whose eigenvalues are sigma², or its right factor where `left` is given, or one with singular values sigma."""
+    """A symmetric matrix (its upper triangle) whose eigenvalues are sigma², or its right factor where `left` is given, or one with singular values sigma."""
     left: Float[Tensor, "N n n"] | None
     """Left factor of the product whose eigenvalues are sigma²; one tensor shared by projections of the same input."""
     squared: bool
@@ -225,14 +225,15 @@ def _gradient_core(x: Tensor, delta: Tensor, precision: str) -> Core:
     x = x.masked_fill((delta == 0).all(-1, keepdim=True), 0.0)
     x, x_scale = _operand(x, precision)
     delta, scale = _operand(delta, precision)
-    small_side_first = (delta.mT, x) if delta.shape[-1] <= x.shape[-1] else (x.mT, delta)
-    gradient, ok = _finite(matmul(*small_side_first))
+    gradient = matmul(delta.mT, x) if delta.shape[-1] <= x.shape[-1] else matmul(x.mT, delta)
+    frobenius = torch.linalg.matrix_norm(gradient, dtype=torch.float64)
+    ok = frobenius.isfinite()
     scale = (x_scale * scale).masked_fill(~ok, torch.nan)
-    frobenius = torch.linalg.matrix_norm(gradient).double() * scale
     size, squared = gradient.shape[-2], precision != "reference"
+    matrix = (outer_square(gradient) if squared else gradient).masked_fill_(~ok[:, None, None], 0.0)
     return Core(
-        matmul(gradient, gradient.mT) if squared else gradient, None, squared, scale, frobenius,
-        (eps**0.5 if squared else eps) * frobenius, f"{precision}: {size}x{size} " + ("Gram of G" if squared else "G"),
+        matrix, None, squared, scale, frobenius * scale, (eps**0.5 if squared else eps) * frobenius * scale,
+        f"{precision}: {size}x{size} " + ("Gram of G" if squared else "G"),
     )  # fmt: skip
 
 
@@ -284,7 +285,7 @@ def _solve_chunk(cores: list[Core], shape: torch.Size) -> list[Tensor]:
             start = 0
             for core in cores:
                 part, factor = matrices[start : start + len(core.matrix)], by_left[id(core.left)]
-                part.copy_(matmul(factor.mT, matmul(part, factor)))
+                part.copy_(factor.mT @ part.double() @ factor)
                 start += len(part)
         values = root_eigenvalues(matrices)
     spectra = values.double() * torch.cat([core.scale for core in cores]).unsqueeze(-1)

@@ -14,9 +14,6 @@ def _barrier(counter, target, GROUP: tl.constexpr):
     tl.debug_barrier()
     if GROUP > 1:
         tl.atomic_add(counter, 1, sem="release", scope="gpu")
-        while tl.load(counter, volatile=True) < target:
-            pass
-        # The plain loads above order nothing; this does. Its result must be used, or the compiler drops it.
         while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < target:
             pass
         tl.debug_barrier()
