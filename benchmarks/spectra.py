@@ -32,8 +32,8 @@ from selector.spectra.threads import over_batch, side_by_side
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
-    "7B": dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4),
-    "1.5B": dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2),
+    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4},
+    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2},
 }
 ATTENTION = ("q", "k", "v", "o")
 HBM = 4.25e12
@@ -76,7 +76,9 @@ def model_of(shape: str) -> torch.nn.Module:
     """A random bfloat16 model of 28 layers."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(num_hidden_layers=28, vocab_size=152064, max_position_embeddings=8192, use_cache=False, **SHAPES[shape])
+    config = Qwen2Config(
+        num_hidden_layers=28, vocab_size=152064, max_position_embeddings=8192, use_cache=False, **SHAPES[shape]
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -152,13 +154,21 @@ def dense_svd(full_matrices: bool, dtype: torch.dtype) -> dict:
         gradient = torch.randn(rows, 511, device="cuda") @ torch.randn(511, 3584, device="cuda")
         svd[rows] = milliseconds(lambda g=gradient: torch.linalg.svd(g, full_matrices=full_matrices), 1)
     whole = training + 28 * 2 * (svd[3584] + svd[512])
-    return {"sample_ms": whole, "training_ms": training, "svd_ms": svd, "unit": "x per sample of row c", "extrapolated": "SVDs of 112 matrices from one of each shape"}
+    return {
+        "sample_ms": whole,
+        "training_ms": training,
+        "svd_ms": svd,
+        "unit": "x per sample of row c",
+        "extrapolated": "SVDs of 112 matrices from one of each shape",
+    }
 
 
 def made_factors(kind: str, n: int = 2, t: int = 192, i: int = 320, o: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 factors whose gradient has a given spectrum."""
     generator = torch.Generator().manual_seed(0)
-    mix, left, right = (torch.linalg.qr(torch.randn(n, t, d, generator=generator, dtype=torch.float64).mT).Q.mT for d in (t, o, i))
+    mix, left, right = (
+        torch.linalg.qr(torch.randn(n, t, d, generator=generator, dtype=torch.float64).mT).Q.mT for d in (t, o, i)
+    )
     k = torch.arange(1, t + 1, dtype=torch.float64)
     sigma = {
         "power 0.5": k**-0.5, "power 1": 1 / k, "power 2": k**-2.0, "clustered": 1 + 1e-4 * (k % 7) + (k > t / 2) * -0.9,
@@ -172,7 +182,18 @@ def made_factors(kind: str, n: int = 2, t: int = 192, i: int = 320, o: int = 256
     return (x * scale).float(), (delta * scale).float()
 
 
-MADE = ("power 0.5", "power 1", "power 2", "clustered", "repeated", "rank deficient", "tokens repeated", "zero", "tiny", "huge")
+MADE = (
+    "power 0.5",
+    "power 1",
+    "power 2",
+    "clustered",
+    "repeated",
+    "rank deficient",
+    "tokens repeated",
+    "zero",
+    "tiny",
+    "huge",
+)
 
 
 def relative(sigma: torch.Tensor, oracle: torch.Tensor) -> torch.Tensor:
@@ -208,11 +229,16 @@ def accuracy(folder: Path, texts: Path) -> dict:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
         kept = []
         targets = find_targets(model, ("q", "k", "v", "o", "up", "down"))
-        with gradients_of_activations_only(model), GradientCapture(model, targets, lambda f: kept.extend((f.x, d) for d in f.deltas)) as capture:
+        with (
+            gradients_of_activations_only(model),
+            GradientCapture(model, targets, lambda f, kept=kept: kept.extend((f.x, d) for d in f.deltas)) as capture,
+        ):
             for row in rows:
                 prompt = len(tokenizer(row["prompt"] + "\n").input_ids)
                 ids = torch.tensor([tokenizer(row["prompt"] + "\n" + row["completion"]).input_ids[:384]], device=device)
-                labels = ids.masked_fill(torch.arange(ids.shape[1], device=device) < min(prompt, ids.shape[1] - 2), -100)
+                labels = ids.masked_fill(
+                    torch.arange(ids.shape[1], device=device) < min(prompt, ids.shape[1] - 2), -100
+                )
                 capture.begin(samples=1)
                 model(input_ids=ids, labels=labels).loss.backward()
                 capture.finish()
@@ -222,7 +248,9 @@ def accuracy(folder: Path, texts: Path) -> dict:
         found[name] = {}
         for precision, every in (("fast", 1), ("high", 1), ("reference", 16)):  # the reference route is slow on a GPU
             solved = spectra.solve([spectra.reduce_factors(x, [delta], precision)[0] for x, delta in kept[::every]])
-            found[name][precision] = [relative(sigma, oracle) for sigma, oracle in zip(solved, oracles[::every], strict=True)]
+            found[name][precision] = [
+                relative(sigma, oracle) for sigma, oracle in zip(solved, oracles[::every], strict=True)
+            ]
     made = {
         kind: {p: relative(spectra.singular_values(x.to(device), delta.to(device), p), dense(x, delta)).amax(0).tolist() for p in ("fast", "high", "reference")}
         for kind in MADE for x, delta in [made_factors(kind)]
@@ -287,10 +315,17 @@ def main() -> None:
         if name in ("g", "h") and "c" in rows:
             rows[name]["value"] = rows[name]["sample_ms"] / (rows["c"]["fast_ms"] / rows["c"]["samples"])
         if name == "i":
-            rows["j"] = {"value": rows["i"]["j"]["mean"][0], "unit": "relative shift of nuclear norm, effective rank", **rows["i"].pop("j")}
+            rows["j"] = {
+                "value": rows["i"]["j"]["mean"][0],
+                "unit": "relative shift of nuclear norm, effective rank",
+                **rows["i"].pop("j"),
+            }
         print(name, json.dumps(rows[name]), flush=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        path.write_text(json.dumps({"rows": dict(sorted(rows.items())), "hardware": hardware, "versions": versions}, indent=1) + "\n")
+        path.write_text(
+            json.dumps({"rows": dict(sorted(rows.items())), "hardware": hardware, "versions": versions}, indent=1)
+            + "\n"
+        )
         path.with_suffix(".md").write_text(table(rows, hardware))
         if cuda:
             torch.cuda.empty_cache()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selector.spectra.threads import over_batch
 
+
 def root_eigenvalues(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n"]:
     """Square roots of the eigenvalues of positive semidefinite matrices.
 
