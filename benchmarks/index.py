@@ -83,7 +83,10 @@ def row_plain(pool: np.ndarray, queries: np.ndarray, names: list[str], truth: np
 
     single = float(np.median([timed(lambda q=q: plain(queries[q : q + 1]))[0] for q in range(20)]))
     whole = per_query(lambda asked: FaissFlat(pool).candidates(asked, 10), queries)
-    return {"numpy ms (one query)": round(1e3 * single, 2), **{f"faiss flat {name}": value for name, value in whole.items()}}
+    return {
+        "numpy ms (one query)": round(1e3 * single, 2),
+        **{f"faiss flat {name}": value for name, value in whole.items()},
+    }
 
 
 def row_shortlist(pool: np.ndarray, queries: np.ndarray, names: list[str], truth: np.ndarray) -> dict[str, Any]:
@@ -174,7 +177,10 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "data": f"{arguments.count} x {DIMENSIONS}, {CLUSTERS} clusters, decay {DECAY}, {BATCH} queries",
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {os.environ['OMP_NUM_THREADS']} threads",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("numpy", "torch", "faiss-cpu")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("numpy", "torch", "faiss-cpu")},
+        },
         "rows": {},
     }
     for name in arguments.rows:
@@ -193,7 +199,14 @@ def markdown(record: dict[str, Any]) -> str:
     lines.append(", ".join(f"{name} {number}" for name, number in record["versions"].items()) + ".")
     lines.append("`load before`: other work on the machine when the row began, in processes.")
     for name, values in record["rows"].items():
-        lines += ["", f"## {name}", "", "| what | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in values.items())]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            "| what | value |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in values.items()),
+        ]
     return "\n".join(lines) + "\n"
 
 

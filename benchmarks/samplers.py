@@ -20,7 +20,6 @@ import tracemalloc
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +52,11 @@ def order_of_ten_million() -> list[Row]:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return [
-        ("order of 10 M samples, weighted, without replacement: median of 5", f"{np.median(seconds):.2f} s", "<= 1.5 s"),
+        (
+            "order of 10 M samples, weighted, without replacement: median of 5",
+            f"{np.median(seconds):.2f} s",
+            "<= 1.5 s",
+        ),
         ("... peak of memory that it allocates", f"{peak / 1e6:.0f} MB", "<= 250 MB"),
     ]
 
@@ -83,7 +86,11 @@ def overhead_of_a_step(folder: Path) -> list[Row]:
     step = trainer.train().metrics["train_runtime"] / 50
     return [
         (f"training step of the embedded model, {batch} short samples", f"{1e3 * step:.1f} ms", ""),
-        ("drawing a batch from 100,000 samples, static", f"{1e6 * static:.1f} us = {static / step:.2%} of it", "< 0.5 %"),
+        (
+            "drawing a batch from 100,000 samples, static",
+            f"{1e6 * static:.1f} us = {static / step:.2%} of it",
+            "< 0.5 %",
+        ),
         ("... adaptive, O(pool) a batch", f"{1e3 * adaptive:.2f} ms = {adaptive / step:.2%} of it", ""),
     ]
 
@@ -126,7 +133,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="leave the grid of resumed runs out")
     quick = parser.parse_args().quick
     warnings.simplefilter("ignore")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "accelerate", "numpy"))
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "accelerate", "numpy")
+    )
     text = [
         "# Samplers", "", f"{datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {versions}", "",
     ]  # fmt: skip

@@ -31,7 +31,9 @@ def save_rollouts(trainer: Any, folder: Path, cycle: int) -> None:
     if parts is None or trainer._step % cycle == 0:
         return
     values = {f"{i}.{name}": value for i, part in enumerate(parts) for name, value in part.items() if value is not None}
-    if all(isinstance(value, torch.Tensor) for value in values.values()):  # image inputs are lists: these are generated again
+    if all(
+        isinstance(value, torch.Tensor) for value in values.values()
+    ):  # image inputs are lists: these are generated again
         save_file({name: value.detach().cpu().clone() for name, value in values.items()}, _path(trainer, folder))
 
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from selector.errors import IntegrationError
 from selector.gradients.capture import GradientCapture, LayerFactors
-from selector.gradients.targets import Target, find_targets
+from selector.gradients.targets import find_targets
 from selector.gradients.tokens import Segment
-from selector.sampling.adaptive import AdaptiveSampler
+from selector.sampling.sampler import SelectionSampler
 from selector.sampling.spectral import SpectrumSignal
 from selector.spectra import Core, measures, reduce_factors, solve
 
@@ -54,12 +54,15 @@ class Tap:
         signal: takes the measurements.
     """
 
-    def __init__(self, trainer: Any, sampler: AdaptiveSampler, signal: SpectrumSignal) -> None:
+    def __init__(self, trainer: Any, sampler: SelectionSampler, signal: SpectrumSignal) -> None:
         self.trainer, self.sampler, self.signal = trainer, sampler, signal
         self.seconds = 0.0
         self.step = 0
-        self._generates, self._pairs = hasattr(trainer, "_generate_and_score_completions"), is_kind(trainer, "DPOTrainer")
-        self._capture: GradientCapture | None = None
+        self._generates, self._pairs = (
+            hasattr(trainer, "_generate_and_score_completions"),
+            is_kind(trainer, "DPOTrainer"),
+        )
+        self._tapping = False
         self._plain: list[float] = []
         self._tapped: list[float] = []
 
@@ -86,7 +89,7 @@ class Tap:
         self._indices = sorted({target.spec.layer for target in everything})
         if self.signal.layers == 0 and self.signal.share is None:
             self.signal.layers = -(-len(self._indices) // self.signal.stride)
-        self._targets = self._chosen(self.signal.layers or len(self._indices))
+        self._choose(self.signal.layers or len(self._indices))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The trainer's step, measured when its turn has come."""
@@ -106,7 +109,7 @@ class Tap:
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's loss; says which tokens belong to which sample."""
-        if self._capture is None or not model.training:
+        if not (self._tapping and model.training):
             return self._compute_loss(model, inputs, *args, **kwargs)
         segments, self._tokens, self._rows = self._samples(inputs)
         self._capture.begin(samples=len(self._tokens), segments=segments)
@@ -128,9 +131,13 @@ class Tap:
     def _note_reached(self, gradient: Tensor) -> None:
         self._reached = gradient.detach()
 
-    def _chosen(self, count: int) -> list[Target]:
-        layers = [self._indices[round(i)] for i in np.linspace(0, len(self._indices) - 1, count + 2)[1:-1]]
-        return find_targets(self._model, self.signal.projections, sorted(set(layers)) if count < len(self._indices) else ())
+    def _choose(self, count: int) -> None:
+        """Measure so many layers from now on, evenly spaced."""
+        places = np.linspace(0, len(self._indices) - 1, count + 2)[1:-1]
+        layers = sorted({self._indices[round(i)] for i in places}) if count < len(self._indices) else ()
+        self._capture = GradientCapture(
+            self._model, find_targets(self._model, self.signal.projections, layers), self._take
+        )
 
     def _timed_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One of the first steps, whose times decide how many layers to measure."""
@@ -144,19 +151,23 @@ class Tap:
             step, tapped = (statistics.median(t[len(t) // 3 :]) for t in (self._plain, self._tapped))
             assert self.signal.share is not None
             affordable = self.signal.share * step / max(tapped - step, 1e-9) * len(self._indices)
-            plan = [min(max(int(affordable), 1), len(self._indices)), max(1, round(1 / affordable)) if affordable < 1 else 1]
+            plan = [
+                min(max(int(affordable), 1), len(self._indices)),
+                max(1, round(1 / affordable)) if affordable < 1 else 1,
+            ]
             broadcast_object_list(plan)
             self.signal.layers, self.signal.every = plan
-            self._targets = self._chosen(self.signal.layers)
+            self._choose(self.signal.layers)
         return loss
 
     def _tapped_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self._cores: list[Core] = []
-        with GradientCapture(self._model, self._targets, self._take) as self._capture:
+        with self._capture:
+            self._tapping = True
             loss = self._training_step(*args, **kwargs)
             began = time.perf_counter()
             self._capture.finish()
-        self._capture = None
+        self._tapping = False
         self._found = self._measured()
         self.seconds += time.perf_counter() - began
         return loss
@@ -171,7 +182,12 @@ class Tap:
         spectra = solve(self._cores)
         self._cores = []
         scale = self._divisor / self._reached.double().to(self._divisor.device)
-        values = torch.stack([measures[self.signal.measure](sigma * scale[:, None]) for sigma in spectra])
+        # spectra of one length are measured together: hundreds of layers would be thousands of small calls
+        by_length: dict[int, list[Tensor]] = {}
+        for sigma in spectra:
+            by_length.setdefault(sigma.shape[-1], []).append(sigma)
+        measure = measures[self.signal.measure]
+        values = torch.cat([measure(torch.stack(same) * scale[:, None]) for same in by_length.values()])
         return list(zip(self._rows, values.mean(0).tolist(), self._tokens.tolist(), strict=False))
 
     def _samples(self, inputs: Any) -> tuple[Sequence[Segment], Tensor, list[int]]:

@@ -23,7 +23,7 @@ from jaxtyping import Shaped
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from selector.errors import IntegrationError, SelectorError, did_you_mean, raise_all
+from selector.errors import ConfigError, IntegrationError, SelectorError, did_you_mean, raise_all
 from selector.integrations._rollouts import keeps_rollouts, restore_rollouts, save_rollouts
 from selector.integrations._rows import dataset_ids
 from selector.integrations._tap import SAMPLE_COLUMN, Tap, tap_problem
@@ -37,6 +37,8 @@ from selector.selection import Selection
 
 T = TypeVar("T", bound=Trainer)
 
+OnlineSignal = RewardSignal | FocusSignal | SpectrumSignal
+
 
 def attach(
     trainer: T,
@@ -44,7 +46,7 @@ def attach(
     *,
     curriculum: str | None = None,
     strata: str | Shaped[np.ndarray, " K"] | None = None,
-    online: RewardSignal | FocusSignal | SpectrumSignal | str | None = None,
+    online: OnlineSignal | str | None = None,
     coverage: float = 0.25,
     id_column: str | None = None,
     seed: int | None = None,
@@ -72,9 +74,10 @@ def attach(
         IntegrationError: the trainer is set up in a way that loses which sample is which; all problems at once.
         SelectionError: its data set has none of the samples, or has one twice.
     """
-    signal = {"rewards": RewardSignal, "tap": SpectrumSignal}[online]() if online in ("rewards", "tap") else online
+    signal = _named_signal(online) if isinstance(online, str) else online
     raise_all(_problems(trainer, signal))
-    args, dataset = trainer.args, trainer.train_dataset
+    args = trainer.args
+    dataset: Any = trainer.train_dataset
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     ids = dataset_ids(dataset, id_column, getattr(tokenizer, "eos_token", None), set(selection.ids.tolist()))
     groups = _groups(trainer._get_train_sampler(dataset))
@@ -98,7 +101,7 @@ def attach(
         )
     if signal is not None and hasattr(trainer, "_calculate_rewards"):
         trainer.train_dataset = dataset.add_column(SAMPLE_COLUMN, list(ids))  # reaches the reward functions' rows
-    _Session(trainer, sampler).install()
+    _Session(trainer, sampler).install(signal)
     return trainer
 
 
@@ -112,21 +115,19 @@ class _Session(TrainerCallback):
         self._known_rewards = False
         self._tap: Tap | None = None
 
-    def install(self) -> None:
-        """Put the sampler in the trainer, and note what its public methods are called with."""
+    def install(self, signal: OnlineSignal | None) -> None:
+        """Put the sampler in the trainer, and let its signal see what the trainer does."""
         trainer = self._trainer
         self._train, self._log = trainer.train, trainer.log
         trainer._get_train_sampler = lambda *_, **__: self._sampler
         trainer.train, trainer.log = self._noting_train, self._extended_log
-        if not isinstance(self._sampler, AdaptiveSampler):
-            pass
-        elif isinstance(self._sampler.signal, SpectrumSignal):
-            self._tap = Tap(trainer, self._sampler, self._sampler.signal)
-            self._tap.install()
-        else:
+        if isinstance(signal, SpectrumSignal):
+            self._tap = tap = Tap(trainer, self._sampler, signal)
+            tap.install()
+        elif signal is not None:
             self._position = {sample_id: i for i, sample_id in enumerate(self._sampler.ids.tolist())}
             self._calculate_rewards = trainer._calculate_rewards
-            trainer._calculate_rewards = self._observed_rewards
+            trainer._calculate_rewards, self._observe = self._observed_rewards, signal.observe
         trainer.add_callback(self)
 
     def _noting_train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -186,7 +187,7 @@ class _Session(TrainerCallback):
             samples = gather_object([self._position[row[SAMPLE_COLUMN]] for row in inputs])
             weighted = rewards * self._trainer.reward_weights.to(rewards.device)
             total = weighted.nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), torch.nan)
-            self._sampler.signal.observe(np.array(samples), total.double().cpu().numpy())
+            self._observe(np.array(samples), total.double().cpu().numpy())
             self._sampler.seconds += time.perf_counter() - began
         self._known_rewards = False
         return rewards
@@ -194,13 +195,25 @@ class _Session(TrainerCallback):
     def _extended_log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         """The trainer's log with the sampler's figures, wherever the trainer reports to."""
         if "loss" in logs:
-            last = round((self._steps(self._trainer.state) % self._steps_in_epoch or self._steps_in_epoch) * self._draws_per_step)
+            last = round(
+                (self._steps(self._trainer.state) % self._steps_in_epoch or self._steps_in_epoch) * self._draws_per_step
+            )
             figures = self._sampler.metrics(self._reported, last)
             now, spent = time.perf_counter(), self._spent()
             figures["overhead"] = (spent - self._seconds) / (now - self._began)
             self._reported, self._began, self._seconds = last, now, spent
             logs |= {f"selector/{name}": value for name, value in figures.items()}
         return self._log(logs, *args, **kwargs)
+
+
+def _named_signal(name: str) -> RewardSignal | SpectrumSignal:
+    signals = {"rewards": RewardSignal, "tap": SpectrumSignal}
+    if name not in signals:
+        raise ConfigError(
+            "unknown online signal", got=repr(name), allowed=", ".join(map(repr, signals)) + ", or a signal itself",
+            fix=did_you_mean(name, signals) or None,
+        )  # fmt: skip
+    return signals[name]()
 
 
 def _groups(stock: Any) -> Groups:
@@ -225,7 +238,9 @@ def _problems(trainer: Any, online: object) -> list[SelectorError]:
     """What in the trainer's settings would lose sample identity, or never reach the sampler."""
     args = trainer.args
     generates, follows_rewards = hasattr(trainer, "_calculate_rewards"), isinstance(online, RewardSignal | FocusSignal)
-    strategy = getattr(args, "train_sampling_strategy", "group_by_length" if getattr(args, "group_by_length", False) else "random")
+    strategy = getattr(
+        args, "train_sampling_strategy", "group_by_length" if getattr(args, "group_by_length", False) else "random"
+    )
     checks = [
         (
             not hasattr(trainer.train_dataset, "__len__"),
@@ -253,10 +268,6 @@ def _problems(trainer: Any, online: object) -> list[SelectorError]:
             "ignore_data_skip=False", "drop it: skipping draws no data",
         ),
         (
-            online is not None and not isinstance(online, RewardSignal | FocusSignal | SpectrumSignal),
-            "unknown online signal", repr(online), "'rewards', 'tap', or a signal of selector.sampling", None,
-        ),
-        (
             follows_rewards and not generates,
             "the trainer computes no rewards that weights could follow", type(trainer).__name__,
             "GRPOTrainer, RLOOTrainer", "drop online=, or say online='tap'",
@@ -272,7 +283,9 @@ def _problems(trainer: Any, online: object) -> list[SelectorError]:
         ),
     ]  # fmt: skip
     problems: list[SelectorError] = [
-        IntegrationError(problem, got=got, allowed=allowed, fix=fix) for wrong, problem, got, allowed, fix in checks if wrong
+        IntegrationError(problem, got=got, allowed=allowed, fix=fix)
+        for wrong, problem, got, allowed, fix in checks
+        if wrong
     ]
     if isinstance(online, SpectrumSignal) and (problem := tap_problem(trainer, online)):
         problems.append(problem)

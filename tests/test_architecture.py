@@ -20,9 +20,9 @@ LEVELS = {
     2: ("data", "store", "spectra"),
     3: ("batching", "selection", "index", "scores", "sampling.order"),
     4: ("gradients", "policies", "sampling"),
-    5: ("selecting", "export", "testing", "report"),
-    6: ("scorer", "plots"),
-    7: ("integrations",),
+    5: ("selecting", "export", "testing"),
+    6: ("scorer", "report"),
+    7: ("integrations", "plots"),
     8: ("cli",),
     9: ("__main__",),
 }
@@ -34,6 +34,7 @@ ONLY_IN = {
     "matplotlib": ("selector.plots",),
     "tyro": ("selector.cli",),
     "rich": ("selector.cli",),
+    "jinja2": ("selector.report",),
 }
 """Libraries that one room alone may import, at whatever depth of a function."""
 

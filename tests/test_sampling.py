@@ -41,7 +41,9 @@ def epoch(sampler: SelectionSampler, number: int) -> list[int]:
     n=st.integers(1, 150), curriculum=st.sampled_from([None, *CURRICULA]), stratified=st.booleans(),
     batch_size=st.integers(1, 20), number=st.integers(0, 3),
 )  # fmt: skip
-def test_every_epoch_draws_each_sample_once(n: int, curriculum: str | None, stratified: bool, batch_size: int, number: int) -> None:
+def test_every_epoch_draws_each_sample_once(
+    n: int, curriculum: str | None, stratified: bool, batch_size: int, number: int
+) -> None:
     strata = np.arange(n) % 3 if stratified else None
     sampler = SelectionSampler(selection(n), curriculum=curriculum, strata=strata, batch_size=batch_size)
     drawn = epoch(sampler, number)
@@ -56,7 +58,11 @@ def test_every_epoch_draws_each_sample_once(n: int, curriculum: str | None, stra
 def test_groups_stay_whole_and_ranks_agree(n: int, m: int, b: int, r: int, adaptive: bool, data: st.DataObject) -> None:
     def make() -> SelectionSampler:
         options = {"groups": Groups(m, b, r), "batch_size": b, "seed": 1}
-        return AdaptiveSampler(selection(n), RewardSignal(), **options) if adaptive else SelectionSampler(selection(n), **options)
+        return (
+            AdaptiveSampler(selection(n), RewardSignal(), **options)
+            if adaptive
+            else SelectionSampler(selection(n), **options)
+        )
 
     one, other = (np.array(list(make())) for _ in range(2))
     assert one.tolist() == other.tolist()
@@ -106,7 +112,9 @@ def test_a_curriculum_without_scores_is_refused() -> None:
         SelectionSampler(selection(4), curriculum="low-to-hihg")
 
 
-def adaptive(n: int, batch_size: int = 8, coverage: float = 0.25, signal: RewardSignal | FocusSignal | None = None) -> AdaptiveSampler:
+def adaptive(
+    n: int, batch_size: int = 8, coverage: float = 0.25, signal: RewardSignal | FocusSignal | None = None
+) -> AdaptiveSampler:
     return AdaptiveSampler(selection(n), signal or RewardSignal(), coverage=coverage, batch_size=batch_size)
 
 
@@ -183,7 +191,9 @@ def test_angles_and_scores_multiply_into_the_weights() -> None:
 
 
 @given(cut=st.integers(0, 39), ahead=st.integers(0, 12), number=st.integers(0, 1))
-def test_an_adaptive_sampler_resumes_exactly(tmp_path_factory: pytest.TempPathFactory, cut: int, ahead: int, number: int) -> None:
+def test_an_adaptive_sampler_resumes_exactly(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, ahead: int, number: int
+) -> None:
     """Rewards arrive after every draw; the loader has fetched `ahead` draws more than were trained on at the checkpoint."""
 
     def observe(sampler: AdaptiveSampler, row: int) -> None:

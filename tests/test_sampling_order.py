@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from selector.sampling.order import Groups, deal, id_keys, weighted_order
 
 SIZES = st.integers(0, 300)
@@ -70,7 +71,8 @@ def test_second_draw_follows_the_weights_that_remain() -> None:
 def test_weight_zero_comes_last_in_random_order() -> None:
     weights = np.array([0.0] * 20 + [1.0] * 20)
     tails = {tuple(weighted_order(keys(40), weights, seed=seed)[20:].tolist()) for seed in range(5)}
-    assert all(set(tail) == set(range(20)) for tail in tails) and len(tails) == 5
+    assert all(set(tail) == set(range(20)) for tail in tails)
+    assert len(tails) == 5
 
 
 @settings(max_examples=300)

@@ -169,6 +169,7 @@ def test_targets_by_id_are_matched_and_not_picked(indexed):
     by_vectors = select(scores, budget=6, policy="match-target", vectors=vectors, target=target)
     assert by_index.ids.tolist() == by_vectors.ids.tolist()
     assert not set(target) & set(by_index.ids)
+    assert by_index.provenance["target"] == target
 
 
 def test_samples_that_the_index_does_not_hold_are_named(indexed):
@@ -181,7 +182,7 @@ def test_samples_that_the_index_does_not_hold_are_named(indexed):
         select(scores, budget=6, policy="k-center", vectors=vectors[:5])
 
 
-BUDGETS = ("0", "7", "10%", "100%", "3k tokens", "20% tokens", "5 tokens")
+BUDGETS = ("0", "10%", "20% tokens", "5 tokens", "100%")
 QUEUES = (
     ("top", {}), ("proportional", {}), ("quota", {}), ("quota", {"shares": "proportional"}),
     ("quota", {"shares": {"math": 5, "code": 0.1}}), ("quota", {"shares": {"chat": 1, "code": 0}}),
@@ -190,8 +191,12 @@ QUEUES = (
 
 @pytest.mark.parametrize(("policy", "options"), QUEUES)
 @pytest.mark.parametrize("ties", [False, True])
-def test_a_shortlist_changes_no_pick(tmp_path, policy, options, ties):
-    scores = make_pool(3000, ties=ties, missing=0.1)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_shortlist_changes_no_pick(tmp_path, monkeypatch, policy, options, ties, sampled):
+    if sampled:
+        monkeypatch.setattr("selector.selecting.shortlist.FLOOR_FROM", 100)
+        monkeypatch.setattr("selector.selecting.shortlist.STRIDE", 13)
+    scores = make_pool(1000, ties=ties, missing=0.1)
     write_scores(tmp_path / "scores.parquet", {"mine": scores})
     for budget in BUDGETS:
         short = select(tmp_path / "scores.parquet", "mine", budget, policy, **options)

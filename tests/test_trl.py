@@ -11,7 +11,7 @@ import pytest
 import torch
 import trainer_cases as cases
 
-from selector.errors import IntegrationError, SelectionError
+from selector.errors import ConfigError, IntegrationError, SelectionError
 from selector.integrations.trl import attach
 from selector.sampling import AdaptiveSampler, FocusSignal, RewardSignal
 
@@ -98,16 +98,23 @@ def test_settings_that_lose_sample_identity_are_refused_together(tmp_path: Path)
     with pytest.raises(IntegrationError) as error:
         attach(trainer, cases.selection(IDS))
     found = [line.split(":", 1)[1].strip() for line in str(error.value).splitlines() if "got:" in line]
-    assert found == ["IterableDataset", "packing=True", "dispatch_batches=True", "train_sampling_strategy='group_by_length'"]
+    assert found == [
+        "IterableDataset",
+        "packing=True",
+        "dispatch_batches=True",
+        "train_sampling_strategy='group_by_length'",
+    ]
 
 
 def test_weights_that_could_not_follow_the_rewards_are_refused(tmp_path: Path) -> None:
-    trainer = cases.trainer("grpo", tmp_path, cases.dataset(40, "grpo"), dataloader_num_workers=2, remove_unused_columns=True)
-    with pytest.raises(IntegrationError, match="(?s)dataloader_num_workers=2.*remove_unused_columns=True"):
+    trainer = cases.trainer(
+        "grpo", tmp_path, cases.dataset(40, "grpo"), dataloader_num_workers=2, remove_unused_columns=True
+    )
+    with pytest.raises(IntegrationError, match=r"(?s)dataloader_num_workers=2.*remove_unused_columns=True"):
         attach(trainer, cases.selection(IDS), online="rewards")
     with pytest.raises(IntegrationError, match="computes no rewards"):
         attach(sft(tmp_path), cases.selection(IDS), online="rewards")
-    with pytest.raises(IntegrationError, match="unknown online signal"):
+    with pytest.raises(ConfigError, match="did you mean 'rewards'"):
         attach(trainer, cases.selection(IDS), online="reward")
 
 
@@ -138,7 +145,9 @@ def test_rewards_reach_the_prompts_that_earned_them(tmp_path: Path) -> None:
         earned.extend(zip(id, rewards, strict=True))
         return rewards
 
-    trainer = cases.trainer("grpo", tmp_path, cases.dataset(40, "grpo"), num_train_epochs=3, logging_strategy="steps", logging_steps=1)
+    trainer = cases.trainer(
+        "grpo", tmp_path, cases.dataset(40, "grpo"), num_train_epochs=3, logging_strategy="steps", logging_steps=1
+    )
     trainer.reward_funcs = [even]
     train(attach(trainer, cases.selection(IDS), online=signal))
     sampler = trainer._get_train_sampler()
@@ -200,11 +209,19 @@ def test_a_resume_inside_a_generation_cycle_trains_on_the_same_completions(tmp_p
     options: dict[str, Any] = {"steps_per_generation": 2, "num_iterations": 2, "num_train_epochs": 2}
     losses = []
     for resumed in (False, True):
-        trainer = cases.trainer("grpo", tmp_path, cases.dataset(30, "grpo"), logging_strategy="steps", logging_steps=1, **options)
+        trainer = cases.trainer(
+            "grpo", tmp_path, cases.dataset(30, "grpo"), logging_strategy="steps", logging_steps=1, **options
+        )
         attach(trainer, cases.selection(IDS), online="rewards")
         trainer.add_callback(cases.SaveAt(6))
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6") if resumed else None)
-        losses.append([(entry["step"], entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry])
+        losses.append(
+            [
+                (entry["step"], entry["loss"], entry["grad_norm"])
+                for entry in trainer.state.log_history
+                if "loss" in entry
+            ]
+        )
         weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
         losses.append(weights.sum().item())
     assert losses[2] == losses[0]
@@ -225,4 +242,4 @@ def test_a_checkpoint_of_another_selection_is_refused(tmp_path: Path) -> None:
     trainer.add_callback(cases.SaveAt(2))
     trainer.train()
     with pytest.raises(SelectionError, match="the checkpoint belongs to another order of samples"):
-        attach(sft(tmp_path), cases.selection(IDS[:-1] + ["s2"])).train(resume_from_checkpoint=True)
+        attach(sft(tmp_path), cases.selection([*IDS[:-1], "s2"])).train(resume_from_checkpoint=True)

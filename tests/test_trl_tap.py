@@ -46,17 +46,20 @@ def tapped(kind: str, measure: str, out: Path, **options: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "measure", "options"),
     [
-        ("sft", {}),
-        ("sft", {"gradient_accumulation_steps": 3}),
-        ("sft", {"padding_free": True, "max_length": None}),
-        ("sft", {"gradient_checkpointing": True}),
-        ("dpo", {"gradient_accumulation_steps": 2}),
+        ("sft", "nuclear_norm", {"gradient_accumulation_steps": 3}),
+        ("sft", "nuclear_norm", {"padding_free": True, "max_length": None}),
+        ("sft", "effective_rank", {"gradient_checkpointing": True}),
+        ("dpo", "nuclear_norm", {"gradient_accumulation_steps": 2}),
+        pytest.param("sft", "nuclear_norm", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("sft", "effective_rank", {"padding_free": True, "max_length": None}, marks=pytest.mark.slow),
+        pytest.param("dpo", "effective_rank", {}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("measure", ["effective_rank", "nuclear_norm"])
-def test_tapped_spectra_are_those_of_the_offline_scorer(kind: str, options: dict[str, Any], measure: str, tmp_path: Path) -> None:
+def test_tapped_spectra_are_those_of_the_offline_scorer(
+    kind: str, measure: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     expected = offline(kind, measure, tmp_path / "store")
     np.testing.assert_allclose(tapped(kind, measure, tmp_path / "run", **options), expected, rtol=2e-4)
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, 
 from selector.assets import TINY_MODEL
 from selector.selection import Selection
 
-WORDS = "river stone cloud forest engine market garden winter silver bridge".split()
+WORDS = ["river", "stone", "cloud", "forest", "engine", "market", "garden", "winter", "silver", "bridge"]
 
 
 def sentence(i: int) -> str:
@@ -64,7 +64,9 @@ def trainer(kind: str, out: Path, data: Dataset, network: Any = None, **options:
     if kind == "plain":
         data = data.map(lambda row: tokenizer(row["prompt"], padding="max_length", max_length=24, truncation=True))
         data = data.map(lambda row: {"labels": row["input_ids"]})
-        return Trainer(model=network or model(tokenizer), train_dataset=data, args=TrainingArguments(**(settings | options)))
+        return Trainer(
+            model=network or model(tokenizer), train_dataset=data, args=TrainingArguments(**(settings | options))
+        )
     if kind in ("grpo", "rloo"):
         settings |= {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 4, "beta": 0.0}
     if kind == "sft":
@@ -135,7 +137,14 @@ class SaveAt(TrainerCallback):
 
 
 def resume(
-    kind: str, out: Path, *, save_at: int, n: int = 30, attached: bool = True, attach_options: Any = None, **options: Any
+    kind: str,
+    out: Path,
+    *,
+    save_at: int,
+    n: int = 30,
+    attached: bool = True,
+    attach_options: Any = None,
+    **options: Any,
 ) -> dict[str, list[list[str]]]:
     """Train once through and once more from the checkpoint of step `save_at`.
 
@@ -178,7 +187,11 @@ def grid(world: int) -> dict[str, dict[str, Any]]:
     inside = {"kind": "grpo", "num_train_epochs": 3, "steps_per_generation": 2, "num_iterations": 2}
     for name, attach_options in (("static", {}), ("adaptive", {"online": "rewards"})):
         cases[f"grpo, inside a generation cycle, {name}"] = inside | {"save_at": 3, "attach_options": attach_options}
-        accumulating = {"kind": "sft" if name == "static" else "grpo", "gradient_accumulation_steps": 2, "num_train_epochs": 3}
+        accumulating = {
+            "kind": "sft" if name == "static" else "grpo",
+            "gradient_accumulation_steps": 2,
+            "num_train_epochs": 3,
+        }
         cases[f"accumulation, {name}"] = accumulating | {"save_at": steps // 2 + 1, "attach_options": attach_options}
     return cases
 

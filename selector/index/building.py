@@ -18,6 +18,7 @@ from selector.index.rotation import Rotation
 from selector.index.torch_backend import TorchFlat
 from selector.index.tuning import ENERGY, SHORTLIST_FROM, Kind, Plan, RecallMeter, choose_kind, tune_lists
 from selector.index.vectors import check_vectors
+from selector.types import Scores
 
 Library = Literal["faiss", "torch"]
 
@@ -61,6 +62,45 @@ def members_table(ids: Sequence[str] | np.ndarray, metadata: Mapping[str, Any], 
     return pa.table(
         {"sample_id": names, **{name: pa.array(values, from_pandas=True) for name, values in metadata.items()}}
     )
+
+
+def joined_table(members: pa.Table, added: pa.Table) -> pa.Table:
+    """The members of an index with others behind them.
+
+    Args:
+        members: ids and metadata of the index.
+        added: ids and metadata of the others.
+
+    Raises:
+        GradientIndexError: an id is there already, or columns differ.
+    """
+    if set(added.column_names) != set(members.column_names):
+        raise GradientIndexError(
+            "the metadata has other columns", got=added.column_names[1:], allowed=members.column_names[1:]
+        )
+    present = pc.is_in(added["sample_id"], value_set=members["sample_id"].combine_chunks())
+    known = added["sample_id"].filter(present).to_pylist()
+    if known:
+        raise GradientIndexError(
+            f"{len(known)} ids are in the index already", got=", ".join(known[:5]), fix="leave them out"
+        )
+    try:
+        return pa.concat_tables([members, added.select(members.column_names).cast(members.schema)])
+    except pa.ArrowException as error:
+        raise GradientIndexError("the metadata has other types", got=error, allowed=str(members.schema)) from error
+
+
+def score_column(ids: np.ndarray, scores: Scores | None) -> dict[str, pa.Array]:
+    """Scores as a metadata column in the order of some ids; null where a sample has none, no column without scores.
+
+    Args:
+        ids: [N] sample ids.
+        scores: of these samples and any others.
+    """
+    if scores is None:
+        return {}
+    found = pc.index_in(pa.array(ids.tolist(), pa.string()), value_set=pa.array(scores.ids.tolist(), pa.string()))
+    return {"score": pa.array(scores.values, pa.float64(), from_pandas=True).take(found)}
 
 
 def fit_rotation(vectors: Float[np.ndarray, "N D"], ids: pa.ChunkedArray, metric: Metric, seed: int) -> Rotation:

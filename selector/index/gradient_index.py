@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +25,22 @@ from jaxtyping import Bool, Float, Float32, Int64
 from selector.errors import GradientIndexError
 from selector.index import storage
 from selector.index.backend import Metric
-from selector.index.building import choose_library, fit_rotation, members_table, open_engine, plan_engine, rotate
+from selector.index.building import (
+    choose_library,
+    fit_rotation,
+    joined_table,
+    members_table,
+    open_engine,
+    plan_engine,
+    rotate,
+    score_column,
+)
 from selector.index.faiss_backend import FaissIVF
 from selector.index.filters import Filter
 from selector.index.pool import VectorPool
 from selector.index.result import SearchResult
 from selector.index.rotation import Rotation
-from selector.index.tuning import ENERGY, Kind, Plan
+from selector.index.tuning import Kind, Plan
 from selector.index.vectors import Method, Standardization, read_features
 from selector.neighbours import NeighbourLists
 from selector.store.reader import FeatureStore
@@ -89,7 +98,7 @@ class GradientIndex(VectorPool):
                 f"the store at {store.path} holds no sample with a score", fix="finish `selector score`"
             )
         standardization = Standardization.fit(features, [spec.key for spec in store.layers], method)
-        metadata = {**metadata, **_score_column(ids, scores)}
+        metadata = {**metadata, **score_column(ids, scores)}
         index = cls.from_vectors(ids, standardization.apply(features), metadata, **options)
         index.standardization, index.store = standardization, store.manifest.fingerprint
         return index
@@ -190,9 +199,9 @@ class GradientIndex(VectorPool):
         if fit is not None:
             space |= {"center": fit.center, "scale": fit.scale}
             features = {"measures": fit.measures, "layers": fit.layers, "missing": fit.missing}
-        writers = {
+        writers: dict[str, Callable[[Path], object]] = {
             "members": lambda file: pq.write_table(self._members, file, compression="zstd"),
-            "space": lambda file: np.savez(file, **space),
+            "space": lambda file: np.savez(file, allow_pickle=False, **space),
             "vectors": lambda file: np.save(file, self._vectors),
         }
         if isinstance(self._engine, FaissIVF):
@@ -229,22 +238,9 @@ class GradientIndex(VectorPool):
     @property
     def description(self) -> str:
         """What was chosen, why, and what it reaches, in one line."""
-        plan, dimensions = self.plan, self._rotation.axes.shape[0]
-        parts = [f"{len(self):,} vectors of {dimensions} dimensions, {plan.metric}, {plan.kind}"]
-        if plan.leading < self._vectors.shape[1]:
-            parts.append(
-                f"shortlist over {plan.leading} leading dimensions, which hold {plan.energy:.2f} of the energy"
-            )
-        elif plan.energy < ENERGY:
-            parts.append(f"searched whole: a quarter of the dimensions holds only {plan.energy:.2f} of the energy")
-        if isinstance(self._engine, FaissIVF):
-            parts.append(f"{plan.n_probe} of {self._engine.lists} lists probed")
-        if plan.recall < 1 or plan.expansion > 1:
-            short = "" if plan.recall >= plan.goal else f", short of the {plan.goal:g} asked for"
-            parts.append(f"{plan.expansion} candidates per neighbour ranked, recall@10 {plan.recall:.4f}{short}")
-        if self.standardization is not None and self.standardization.missing:
-            parts.append(f"{self.standardization.missing:,} missing features set to the center")
-        return "; ".join([*parts, self._engine.name])
+        missing = self.standardization.missing if self.standardization is not None else 0
+        filled = f"; {missing:,} missing features set to the center" if missing else ""
+        return super().description + filled
 
     def search(
         self, vectors: Float[np.ndarray, "Q D"], k: int = 10, *, where: Filter | None = None, opposing: bool = False
@@ -308,17 +304,7 @@ class GradientIndex(VectorPool):
     def search_ids_within(
         self, ids: Sequence[str], threshold: float, *, where: Filter | None = None, opposing: bool = False
     ) -> SearchResult:
-        """Every other member that is at least so similar to each member; exact, by a scan of the whole pool.
-
-        Args:
-            ids: [Q] sample ids, each in the index.
-            threshold: lowest similarity: a cosine, or minus a Euclidean distance.
-            where: which members may be returned.
-            opposing: search with the negated vectors.
-
-        Raises:
-            GradientIndexError: the threshold is out of range, or an id is not in the index.
-        """
+        """Every other member that is at least so similar to each member; arguments as for `search_ids`, `search_within`."""
         positions = self.positions(ids)
         queries = _turned(self._vectors[positions], opposing)
         return self._named(self._within(queries, threshold, allowed=self._allowed(where), excluded=positions))
@@ -372,24 +358,9 @@ class GradientIndex(VectorPool):
             GradientIndexError: an id is there already, columns differ, or vectors cannot be compared.
         """
         added = members_table(ids, metadata or {}, len(vectors))
-        if set(added.column_names) != set(self._members.column_names):
-            raise GradientIndexError(
-                "the metadata has other columns", got=added.column_names[1:], allowed=self._members.column_names[1:]
-            )
-        present = pc.is_in(added["sample_id"], value_set=self._members["sample_id"].combine_chunks())
-        if pc.any(present).as_py():
-            known = added["sample_id"].filter(present).to_pylist()
-            raise GradientIndexError(
-                f"{len(known)} ids are in the index already", got=", ".join(known[:5]), fix="leave them out"
-            )
+        members = joined_table(self._members, added)
         rows = rotate(vectors, added["sample_id"], self._rotation, self.plan.metric)
-        try:
-            added = added.select(self._members.column_names).cast(self._members.schema)
-        except pa.ArrowException as error:
-            raise GradientIndexError(
-                "the metadata has other types", got=error, allowed=str(self._members.schema)
-            ) from error
-        self._members = pa.concat_tables([self._members, added])
+        self._members = members
         self._append(rows)
         self.__dict__.pop("ids", None)
 
@@ -411,7 +382,7 @@ class GradientIndex(VectorPool):
                 fix="build an index of its own" if fit else "use add",
             )  # fmt: skip
         ids, features, metadata = read_features(store, fit.measures)
-        self.add(ids, fit.apply(features), {**metadata, **_score_column(ids, scores)})
+        self.add(ids, fit.apply(features), {**metadata, **score_column(ids, scores)})
 
     def _allowed(self, where: Filter | None) -> Bool[np.ndarray, " N"] | None:
         return None if where is None else where.mask(self._members)
@@ -422,10 +393,3 @@ class GradientIndex(VectorPool):
 
 def _turned(queries: Float32[np.ndarray, "Q R"], opposing: bool) -> Float32[np.ndarray, "Q R"]:
     return -queries if opposing else queries
-
-
-def _score_column(ids: np.ndarray, scores: Scores | None) -> dict[str, pa.Array]:
-    if scores is None:
-        return {}
-    found = pc.index_in(pa.array(ids.tolist(), pa.string()), value_set=pa.array(scores.ids.tolist(), pa.string()))
-    return {"score": pa.array(scores.values, pa.float64(), from_pandas=True).take(found)}

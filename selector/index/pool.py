@@ -52,16 +52,29 @@ class VectorPool:
         device: str,
     ) -> None:
         self.plan = plan
-        self._vectors, self._rotation, self._engine, self._library, self._device = (
-            vectors,
-            rotation,
-            engine,
-            library,
-            device,
-        )
+        self._library: Library = library
+        self._vectors, self._rotation, self._engine, self._device = vectors, rotation, engine, device
 
     def __len__(self) -> int:
         return len(self._vectors)
+
+    @property
+    def description(self) -> str:
+        """What was chosen, why, and what it reaches, in one line."""
+        plan, dimensions = self.plan, self._rotation.axes.shape[0]
+        parts = [f"{len(self):,} vectors of {dimensions} dimensions, {plan.metric}, {plan.kind}"]
+        if plan.leading < self._vectors.shape[1]:
+            parts.append(
+                f"shortlist over {plan.leading} leading dimensions, which hold {plan.energy:.2f} of the energy"
+            )
+        elif plan.energy < ENERGY:
+            parts.append(f"searched whole: a quarter of the dimensions holds only {plan.energy:.2f} of the energy")
+        if isinstance(self._engine, FaissIVF):
+            parts.append(f"{plan.n_probe} of {self._engine.lists} lists probed")
+        if plan.recall < 1 or plan.expansion > 1:
+            short = "" if plan.recall >= plan.goal else f", short of the {plan.goal:g} asked for"
+            parts.append(f"{plan.expansion} candidates per neighbour ranked, recall@10 {plan.recall:.4f}{short}")
+        return "; ".join([*parts, self._engine.name])
 
     def neighbours(self, positions: Int[np.ndarray, " Q"], k: int) -> NeighbourLists:
         """The up to k nearest others of some members; a member is never its own neighbour.

@@ -23,6 +23,8 @@ from selector.policies.base import POLICIES, Pool, require, texts
 from selector.policies.budget import Budget, Meter
 from selector.types import Picks
 
+TOGETHER = 32
+"""Gains that are evaluated at once; a few too many cost less than one call for each."""
 GRID = 2.0**20
 """Steps of similarity per unit; float64 adds them without rounding up to sums of 2**32."""
 
@@ -143,30 +145,41 @@ def lazy_greedy(graph: CoverageGraph, bonus: Float[np.ndarray, " N"], meter: Met
         Positions in the order of picking, ties to the smaller one, and the gain of each.
     """
     n = len(graph)
-    indptr, others, weights, own = graph.indptr.tolist(), graph.positions, graph.weights, graph.itself
+    sizes = np.diff(graph.indptr)
     best = np.zeros(n)
-    gains = bonus + own + np.bincount(np.repeat(np.arange(n), np.diff(graph.indptr)), weights=weights, minlength=n)
-    heap = [(-gain, j) for j, gain in enumerate(gains.tolist())]
+
+    def gains(rows: Int[np.ndarray, " B"]) -> Float64[np.ndarray, " B"]:
+        counts = sizes[rows]
+        owner = np.repeat(np.arange(len(rows)), counts)
+        entries = np.arange(len(owner)) + np.repeat(graph.indptr[rows] - np.cumsum(counts) + counts, counts)
+        excess = np.maximum(graph.weights[entries] - best[graph.positions[entries]], 0.0)
+        itself = np.maximum(graph.itself - best[rows], 0.0)
+        return bonus[rows] + itself + np.bincount(owner, weights=excess, minlength=len(rows))
+
+    heap = [(-gain, j) for j, gain in enumerate(gains(np.arange(n)).tolist())]
     heapq.heapify(heap)
-    fresh = np.zeros(n, dtype=np.int64)
+    evaluated = [0] * n
     picked: list[int] = []
     gained: list[float] = []
     while heap and meter.open:
         negative, j = heap[0]
-        span = slice(indptr[j], indptr[j + 1])
-        if fresh[j] == len(picked):
+        if evaluated[j] == len(picked):
             heapq.heappop(heap)
             if not meter.take(j):
                 break
             picked.append(j)
             gained.append(-negative)
-            best[j] = own
-            best[others[span]] = np.maximum(best[others[span]], weights[span])
-        else:
-            excess = weights[span] - best[others[span]]
-            gain = bonus[j] + max(own - best[j], 0.0) + float(excess[excess > 0].sum())
-            fresh[j] = len(picked)
-            heapq.heapreplace(heap, (-gain, j))
+            span = slice(graph.indptr[j], graph.indptr[j + 1])
+            covered = graph.positions[span]
+            best[covered] = np.maximum(best[covered], graph.weights[span])
+            best[j] = max(graph.itself, best[j])
+            continue
+        stale = []
+        while heap and len(stale) < TOGETHER and evaluated[heap[0][1]] != len(picked):
+            stale.append(heapq.heappop(heap)[1])
+        for j, gain in zip(stale, gains(np.array(stale)).tolist(), strict=True):
+            evaluated[j] = len(picked)
+            heapq.heappush(heap, (-gain, j))
     return picked, gained
 
 

@@ -66,7 +66,11 @@ class SpectrumSignal:
         self._ranks = self._prior
 
     def observe(
-        self, positions: Int[np.ndarray, " M"], values: Float[np.ndarray, " M"], tokens: Int[np.ndarray, " M"], step: int
+        self,
+        positions: Int[np.ndarray, " M"],
+        values: Float[np.ndarray, " M"],
+        tokens: Int[np.ndarray, " M"],
+        step: int,
     ) -> None:
         """Take measurements; where a sample comes twice, as several rollouts of a prompt do, their mean.
 

@@ -54,7 +54,9 @@ def load_state(sampler: SelectionSampler, folder: Path) -> bool:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         found, identity = (header["format"], header["format_version"]), header["identity"]
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise SelectionError(f"{path} is no sampler state", got=repr(error), fix="resume from another checkpoint") from error
+        raise SelectionError(
+            f"{path} is no sampler state", got=repr(error), fix="resume from another checkpoint"
+        ) from error
     if found != (FORMAT, FORMAT_VERSION):
         raise SelectionError(f"{path} has another format", got=found, allowed=(FORMAT, FORMAT_VERSION))
     differing = [name for name in identity | sampler.identity if identity.get(name) != sampler.identity.get(name)]

@@ -88,6 +88,8 @@ def select(
     """
     parsed = Budget.parse(budget)
     settings = {"policy": policy, "options": options, "budget": str(parsed), "seed": seed}
+    if target is not None:
+        settings["target"] = f"{len(target)} vectors" if isinstance(target, np.ndarray) else list(target)
     if isinstance(scored, str | Path) and can_shortlist(policy, options):
         short = shortlist(scored, by, parsed, policy, options)
         _check(short.scores)

@@ -157,7 +157,7 @@ def _reach(
     costs: Int[np.ndarray, " N"],
     limit: int,
 ) -> tuple[Bool[np.ndarray, " N"], Float64[np.ndarray, " G"]]:
-    """Rows within reach among finite scores, and the lowest of them in each group, -inf where a group is used up."""
+    """Rows within reach among finite scores, and the lowest of them in each group, -inf where it is used up."""
     order = np.argsort(-values)
     order = order[np.argsort(groups[order].astype(np.min_scalar_type(len(shares))), kind="stable")]
     bounds = np.concatenate([[0], np.cumsum(np.bincount(groups, minlength=len(shares)))])
@@ -168,12 +168,15 @@ def _reach(
     turn = _turn(spent, shares, limit + 2 * largest * len(shares))
     reached, lowest = np.zeros(len(values), dtype=bool), np.full(len(shares), -np.inf)
     for group, (rows, total, share) in enumerate(zip(members, spent, shares, strict=True)):
-        last = int(np.searchsorted(total, share * turn + 2 * largest)) + 1 if share > 0 else 0
-        if 0 < last < len(rows):
+        if share <= 0:
+            lowest[group] = np.inf
+            continue
+        last = int(np.searchsorted(total, share * turn + 2 * largest)) + 1
+        if last < len(rows):
             last += int(np.searchsorted(-values[rows[last:]], -values[rows[last - 1]], side="right"))
         reached[rows[:last]] = True
         if last < len(rows):
-            lowest[group] = values[rows[last - 1]] if last else np.inf
+            lowest[group] = values[rows[last - 1]]
     return reached, lowest
 
 
