@@ -226,3 +226,13 @@ def test_reading_a_damaged_shard_says_how_to_repair_it(store, foreign):
     truncated(store, foreign)
     with pytest.raises(StoreError, match="--repair"):
         FeatureStore.open(store).to_arrow()
+
+
+@pytest.mark.parametrize("left", [(), ("shards",), ("shards", "config.yaml"), ("shards", ".manifest.json.tmp-7")], ids=" ".join)
+def test_run_killed_before_its_first_manifest_can_be_repeated(model, tmp_path, left):
+    out = tmp_path / "store"
+    out.mkdir()
+    for name in left:
+        (out / name).mkdir() if name == "shards" else (out / name).write_text("half")
+    score(model, out, limit=2)
+    assert VerifyCommand(store=out).run() == 0

@@ -11,7 +11,9 @@ import torch
 from oracles import autograd_gradients
 
 from selector.batching import Batch, BatchQueue, collate, deal, join, token_budget_batches
+from selector.cli.merge import MergeCommand
 from selector.cli.score import show_estimate, summarize
+from selector.cli.transfer import TransferCommand
 from selector.config import ScoreConfig
 from selector.data.samples import Encoder, Sample, TokenSequence
 from selector.errors import ModelError, NumericalError, StoreError
@@ -22,6 +24,7 @@ from selector.scorer.features import FeatureExtractor
 from selector.scorer.progress import Progress, duration
 from selector.scorer.transfer import matched_layers, transfer
 from selector.spectra import SketchConfig, sketch
+from selector.store import FeatureStore
 from selector.store.merge import merge
 from selector.types import MEASURES, LayerSpec
 
@@ -71,14 +74,16 @@ def test_changed_ids_are_changed_data(small_llama, tokenizer, pool, tmp_path):
         score_dataset(small_llama, tokenizer, renamed, tmp_path / "s", ScoreConfig(id_column="id"))
 
 
-def test_stores_of_two_nodes_merge_and_doubled_samples_are_kept_once(small_llama, tokenizer, pool, tmp_path):
+def test_stores_of_two_nodes_merge_and_doubled_samples_are_kept_once(small_llama, tokenizer, pool, tmp_path, capsys):
     data = pool.select(range(6))
     config = ScoreConfig(shard_rows=2, limit=4)
     first = score_dataset(small_llama, tokenizer, data, tmp_path / "a", config)
     second = score_dataset(small_llama, tokenizer, data, tmp_path / "b", ScoreConfig(shard_rows=4))
     for path in second.shard_paths()[1:]:
         path.unlink()
-    joined = merge([first.path, second.path], tmp_path / "c")
+    assert MergeCommand(stores=(first.path, second.path), out=tmp_path / "c").run() == 0
+    joined = FeatureStore.open(tmp_path / "c")
+    assert f"{len(joined)} samples" in capsys.readouterr().out
     assert len(joined) == len(set(joined.ids)) <= 6
     finished = score_dataset(small_llama, tokenizer, data, tmp_path / "c")
     assert finished.verify() == []
@@ -345,7 +350,7 @@ def test_store_takes_little_room_for_a_model_of_28_layers(tmp_path):
 # a small model for a large one ---------------------------------------------------------------------------------------
 
 
-def test_store_agrees_with_itself_and_less_with_another_model(small_llama, tokenizer, pool, tmp_path):
+def test_store_agrees_with_itself_and_less_with_another_model(small_llama, tokenizer, pool, tmp_path, capsys):
     data = pool.select(range(30))
     first = score_dataset(small_llama, tokenizer, data, tmp_path / "a")
     for found in transfer(first, first):
@@ -358,6 +363,8 @@ def test_store_agrees_with_itself_and_less_with_another_model(small_llama, token
     by_measure = {found.measure: found for found in transfer(first, second)}
     assert by_measure["nuclear_norm"].samples == 30
     assert by_measure["nuclear_norm"].controlled < 1
+    assert TransferCommand(first=first.path, second=second.path).run() == 0
+    assert "rank correlation over 30 samples" in capsys.readouterr().out
 
 
 def test_layers_are_matched_by_relative_depth():

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from torch import nn
 
 from selector.batching import Batch, collate, deal, join, token_budget_batches
-from selector.config import ScoreConfig, save_yaml
+from selector.config import ScoreConfig
 from selector.data.layout import REFERENCE
 from selector.data.samples import Sample
 from selector.gradients.targets import unmeasured
@@ -34,7 +34,7 @@ from selector.scorer.progress import Progress
 from selector.scorer.sharding import is_sharded, shard
 from selector.spectra import SketchConfig
 from selector.store.reader import FeatureStore
-from selector.store.schema import CONFIG, Manifest
+from selector.store.schema import Manifest
 from selector.store.writer import StoreWriter, check, create, write_manifest
 
 if TYPE_CHECKING:
@@ -88,7 +88,6 @@ def score_dataset(
         for turn in on_every_file_system(run.state):
             if turn:
                 create(store, manifest)
-                save_yaml(store / CONFIG, settings, f"replay with: selector run {store}")
         started = time.perf_counter()
         with run.meeting():
             budget = run.measure(StoreWriter(store, manifest, rank=run.state.process_index, shard_rows=config.shard_rows))

@@ -73,9 +73,9 @@ def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
     if isinstance(parameter, DTensor):
         yield parameter.full_tensor().detach()
     elif hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+        import deepspeed  # pyright: ignore[reportMissingImports]
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             yield parameter.detach()
     else:
         yield parameter.detach()

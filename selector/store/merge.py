@@ -12,11 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selector.config import save_yaml
 from selector.errors import SelectorError, StoreError, raise_all
 from selector.store.lineage import is_extension
 from selector.store.reader import FeatureStore
-from selector.store.schema import CONFIG, MANIFEST, SHARDS, Manifest, identity_conflicts
+from selector.store.schema import MANIFEST, SHARDS, Manifest, identity_conflicts
 from selector.store.writer import StoreWriter, checksum, create, write_atomically, write_manifest
 
 
@@ -45,8 +44,6 @@ def merge(stores: Sequence[str | Path], out: str | Path) -> FeatureStore:
     cost = {str(entry): entry for manifest in manifests for entry in manifest.cost}
     joined = replace(longest, expected=max(m.expected for m in manifests), cost=tuple(cost.values()), shards=())
     create(target, joined)
-    if not (target / CONFIG).exists():
-        save_yaml(target / CONFIG, joined.command, f"replay with: selector run {target}")
     writer = StoreWriter(target, joined)
     seen: set[str] = set()
     for source, manifest in zip(sources, manifests, strict=True):

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from selector.config import save_yaml
 from selector.errors import StoreError
 from selector.store.schema import (
     CONFIG,
@@ -32,7 +31,7 @@ from selector.store.schema import (
     SHARDS,
     Manifest,
 )
-from selector.store.writer import StoreWriter, checksum, temporary_files, write_manifest
+from selector.store.writer import StoreWriter, checksum, temporary_files, write_manifest, write_settings
 
 PARQUET_END = b"PAR1"
 EXAMPLES_SHOWN = 3
@@ -122,7 +121,7 @@ def repair(store: Path, damages: Sequence[Damage], manifest: Manifest | None) ->
         elif damage.kind == "doubled samples" and manifest is not None:
             _remove_doubled(store, damage.path, manifest)
         elif damage.kind == "damaged settings" and manifest is not None:
-            save_yaml(store / CONFIG, manifest.command, f"replay with: selector run {store}")
+            write_settings(store, manifest)
         elif damage.path.is_file():
             _quarantine(store, damage.path)
     if manifest is not None:
@@ -140,6 +139,8 @@ def _inspect_manifests(store: Path) -> tuple[Manifest | None, list[Damage]]:
     damages: list[Damage] = []
     sound: dict[str, Manifest] = {}
     for name in (MANIFEST, MANIFEST_BACKUP):
+        if name == MANIFEST_BACKUP and not (store / name).exists() and MANIFEST in sound and not sound[MANIFEST].shards:
+            continue  # the very first run was killed between the two
         try:
             sound[name] = Manifest.load(store, name)
         except StoreError as error:

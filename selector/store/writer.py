@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from selector.config import save_yaml
 from selector.errors import SelectorError, StoreError, raise_all
 from selector.store import lineage
-from selector.store.schema import CONFIG, MANIFEST, MANIFEST_BACKUP, SHARDS, Manifest, identity_conflicts
+from selector.store.schema import CONFIG, MANIFEST, MANIFEST_BACKUP, QUARANTINE, SHARDS, Manifest, identity_conflicts
+
+TEMPORARY = ".*.tmp-*"
+"""Pattern of the names under which files are written before they are renamed."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -82,13 +87,13 @@ def check(store: Path, manifest: Manifest, rows: Sequence[str] = (), append: boo
                 problems.append(error)
         raise_all([*problems, *identity_conflicts(store, old, manifest)])
         return replace(manifest, cost=old.cost, shards=old.shards, expected=max(old.expected, manifest.expected))
-    if store.exists() and (not store.is_dir() or any(store.iterdir())) and not _lost_its_manifest(store):
+    if store.exists() and not (store.is_dir() and _is_beginning(store)):
         raise StoreError(f"{store} is in use by something else", got="files that are no feature store", fix="choose an empty or new directory")
     return manifest
 
 
 def create(store: Path, manifest: Manifest) -> None:
-    """Make a store's directories, clear what killed runs have left, and write the manifest.
+    """Make a store's directories, clear what killed runs have left, and write settings and manifest.
 
     Args:
         store: the store's directory, which `check` has found fit.
@@ -97,7 +102,21 @@ def create(store: Path, manifest: Manifest) -> None:
     (store / SHARDS).mkdir(parents=True, exist_ok=True)
     for leftover in temporary_files(store):
         leftover.unlink(missing_ok=True)
+    write_settings(store, manifest)
     write_manifest(store, manifest)
+
+
+def write_settings(store: Path, manifest: Manifest) -> None:
+    """Write the command that a manifest records where `selector run` finds it.
+
+    Args:
+        store: the store's directory.
+        manifest: with the command; nothing is written when it has none.
+    """
+    if manifest.command:
+        temporary = store / f".{CONFIG}.tmp-{os.getpid()}"
+        save_yaml(temporary, manifest.command, f"replay with: selector run {store}")
+        os.replace(temporary, store / CONFIG)
 
 
 def temporary_files(store: Path) -> list[Path]:
@@ -106,11 +125,13 @@ def temporary_files(store: Path) -> list[Path]:
     Args:
         store: the store's directory.
     """
-    return sorted(store.rglob(".*.tmp-*"))
+    return sorted(store.rglob(TEMPORARY))
 
 
-def _lost_its_manifest(store: Path) -> bool:
-    return (store / SHARDS).is_dir() and (store / CONFIG).is_file()
+def _is_beginning(store: Path) -> bool:
+    """Whether a directory is empty, or holds what a run leaves that is killed before it has written a manifest."""
+    entries = {entry.name for entry in store.iterdir() if not fnmatch(entry.name, TEMPORARY)}
+    return entries <= {SHARDS, QUARANTINE, CONFIG} and (SHARDS in entries or not entries)
 
 
 class StoreWriter:
