@@ -70,11 +70,11 @@ def _padded(core: Core) -> torch.Size:
 
 
 def _chunks(cores: Sequence[Core], members: list[int], shape: torch.Size, memory: int | None) -> Iterator[list[int]]:
-    """Runs of members whose matrices, at five copies each, fit the work space; at least one member each."""
+    """Runs of members whose matrices, at eight copies each, fit the work space; at least one member each."""
     matrix = cores[members[0]].matrix
     if memory is None:
         memory = torch.cuda.mem_get_info(matrix.device)[0] // 2 if matrix.is_cuda else MEMORY
-    room = memory // max(5 * shape.numel() * matrix.element_size(), 1)
+    room = memory // max(8 * shape.numel() * matrix.element_size(), 1)
     chunk, rows = [], 0
     for i in members:
         if chunk and rows + len(cores[i].matrix) > room:

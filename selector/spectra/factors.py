@@ -112,13 +112,16 @@ def check_factors(x: Tensor, deltas: Sequence[Tensor], precision: str) -> None:
 
 
 def _reduce(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
-    """The cores of all projections, the long ones (T > min(I, O)) one by one and the others with their shared part."""
+    """The cores of all projections: those with T <= min(I, O), which share the part of x, and those with more tokens."""
     length, width = x.shape[1:]
     short = [i for i, delta in enumerate(deltas) if length <= min(width, delta.shape[-1])]
+    long = [i for i in range(len(deltas)) if i not in short]
     unsquared = precision == "reference" or (precision == "high" and x.device.type == "cpu")
-    pair = _triangle_cores if unsquared else _gram_cores
-    cores = dict(zip(short, pair(x, [deltas[i] for i in short], precision), strict=True)) if short else {}
-    return [cores[i] if i in cores else _gradient_core(x, delta, precision) for i, delta in enumerate(deltas)]
+    cores: dict[int, Core] = {}
+    for positions, route in ((short, _triangle_cores if unsquared else _gram_cores), (long, _gradient_cores)):
+        if positions:
+            cores |= zip(positions, route(x, [deltas[i] for i in positions], precision), strict=True)
+    return [cores[i] for i in range(len(deltas))]
 
 
 def _gram_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
@@ -171,21 +174,26 @@ def _triangle(matrices: Tensor) -> Tensor:
     return torch.linalg.qr(matrices, mode="r").R
 
 
-def _gradient_core(x: Tensor, delta: Tensor, precision: str) -> Core:
+def _gradient_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
     eps = torch.finfo(_work_dtype(precision)).eps
-    x = x.masked_fill((delta == 0).all(-1, keepdim=True), 0.0)
-    x, x_scale = _operand(x, precision)
-    delta, scale = _operand(delta, precision)
-    gradient = matmul(delta.mT, x) if delta.shape[-1] <= x.shape[-1] else matmul(x.mT, delta)
-    frobenius = torch.linalg.matrix_norm(gradient, dtype=torch.float64)
-    ok = frobenius.isfinite()
-    scale = (x_scale * scale).masked_fill(~ok, torch.nan)
-    size, squared = gradient.shape[-2], precision != "reference"
-    matrix = (outer_square(gradient) if squared else gradient).masked_fill_(~ok[:, None, None], 0.0)
-    return Core(
-        matrix, None, squared, scale, frobenius * scale, (eps**0.5 if squared else eps) * frobenius * scale,
-        f"{precision}: {size}x{size} " + ("Gram of G" if squared else "G"),
-    )  # fmt: skip
+    live = torch.stack([(delta != 0).any(-1) for delta in deltas]).any(0)
+    x, x_scale = _operand(x.masked_fill(~live.unsqueeze(-1), 0.0), precision)
+    cores = []
+    for original in deltas:
+        delta, scale = _operand(original, precision)
+        gradient = matmul(delta.mT, x) if delta.shape[-1] <= x.shape[-1] else matmul(x.mT, delta)
+        frobenius = torch.linalg.matrix_norm(gradient, dtype=torch.float64)
+        ok = frobenius.isfinite()
+        scale = (x_scale * scale).masked_fill(~ok, torch.nan)
+        size, squared = gradient.shape[-2], precision != "reference"
+        matrix = (outer_square(gradient) if squared else gradient).masked_fill_(~ok[:, None, None], 0.0)
+        cores.append(
+            Core(
+                matrix, None, squared, scale, frobenius * scale, (eps**0.5 if squared else eps) * frobenius * scale,
+                f"{precision}: {size}x{size} " + ("Gram of G" if squared else "G"),
+            )
+        )  # fmt: skip
+    return cores
 
 
 def _escalate(cores: list[Core], x: Tensor, deltas: Sequence[Tensor]) -> list[Core]:
