@@ -310,3 +310,12 @@ def test_model_without_known_layers_lists_its_own(tokenizer, pool, tmp_path):
         score_dataset(model, tokenizer, pool.select(range(2)), tmp_path / "s")
     assert "backbone.layers.N.mixer.in_proj" in str(caught.value)
     assert "--layer-names role=pattern" in str(caught.value)
+
+
+def test_fingerprint_of_a_parameter_too_large_for_float32_positions():
+    """2^28 + 1 entries, one value expanded: the last of evenly spaced positions must not lie past the end."""
+    from selector.scorer.models import model_fingerprint
+
+    module = torch.nn.Module()
+    module.embedding = torch.nn.Parameter(torch.zeros(1).expand(2**28 + 1))
+    assert len(model_fingerprint(module)) == 16

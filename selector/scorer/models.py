@@ -87,7 +87,9 @@ def model_fingerprint(model: nn.Module) -> str:
             if values.is_meta:  # of a process that gets its weights when the model is sharded
                 continue
             flat = values.reshape(-1)
-            positions = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLED_VALUES, flat.numel()), device=flat.device).long()
+            count = min(SAMPLED_VALUES, flat.numel())
+            # in integers: float32 cannot count the entries of a large embedding, and would point past its end
+            positions = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
             digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
             digest.update(flat[positions].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
