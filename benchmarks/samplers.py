@@ -3,7 +3,7 @@
     python benchmarks/samplers.py            order of ten million samples, overhead of a step, the grid of resumed runs
     python benchmarks/samplers.py --quick    without the grid, which takes about 20 minutes on 2 cores
 
-Prints its tables and writes them to benchmarks/results/samplers-DATE.md.
+Prints its tables and writes them to benchmarks/results: samplers-DATE.md and, of the grid, resume-DATE.md.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def resume_grid(folder: Path) -> list[Row]:
                 ranks = [{name: cases.resume(out=out / str(i), **case) for i, (name, case) in enumerate(grid.items())}]
             for name in grid:
                 same = all(cases.same_tail(rank[name]) for rank in ranks)
-                found.setdefault(family(name), Counter()).update({f"{how} same": same, f"{how} runs": 1})
+                found.setdefault(family(name), Counter()).update({f"{how} same": int(same), f"{how} runs": 1})
         for name, count in sorted(found.items()):
             mine, theirs = (f"{count[f'{how} same']} of {count[f'{how} runs']}" for how in ("attached", "stock"))
             rows.append((f"{world} rank{'s'[: world - 1]}: {name}", mine, theirs if count["stock runs"] else "-"))
@@ -136,19 +136,22 @@ def main() -> None:
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "accelerate", "numpy")
     )
-    text = [
-        "# Samplers", "", f"{datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {versions}", "",
-    ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        text += [table(order_of_ten_million() + overhead_of_a_step(out), ("what", "measured", "goal")), ""]
+        costs = order_of_ten_million() + overhead_of_a_step(out)
+        write("samplers", versions, table(costs, ("what", "measured", "goal")))
         if not quick:
             head = ("resumed runs that draw the same samples", "attached", "the trainer's own sampler")
-            text += [table(resume_grid(out), head), ""]
-    report = "\n".join(text)
+            write("resume", versions, table(resume_grid(out), head))
+
+
+def write(name: str, versions: str, rows: str) -> None:
+    """Print a table and keep it with its circumstances."""
+    today = datetime.date.today()
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}"
+    report = f"# {name.capitalize()}\n\n{today}, {machine}, {versions}\n\n{rows}\n"
     print(report)
-    if not quick:
-        (HERE / "results" / f"samplers-{datetime.date.today()}.md").write_text(report)
+    (HERE / "results" / f"{name}-{today}.md").write_text(report)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def test_agrees_with_dense_svd(n, t, i, o, kind, precision, seed):
     if kind == "common mode" and t == 1:
         return  # the centred delta is rounding noise
     nuclear, rank = errors(spectra.singular_values(x, delta, precision), dense(x, delta))
-    assert nuclear <= 1e-5 and rank <= 1e-4
+    assert nuclear <= 1e-5
+    assert rank <= 1e-4
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -98,7 +99,8 @@ def test_every_precision_meets_its_tolerance(precision, kind, shape):
     nuclear, rank = errors(spectra.singular_values(x, delta, precision), dense(x, delta))
     # Squaring lifts the zeros of an exactly singular product to the floor, which a small effective rank shows most.
     slack = 10 if precision == "fast" and kind in ("rank deficient", "repeated tokens") else 1
-    assert nuclear <= slack * TOLERANCE[precision][0] and rank <= slack * TOLERANCE[precision][1]
+    assert nuclear <= slack * TOLERANCE[precision][0]
+    assert rank <= slack * TOLERANCE[precision][1]
 
 
 @pytest.mark.parametrize("precision", ["fast", "high", "reference"])
@@ -115,9 +117,11 @@ def test_auto_escalates_only_the_samples_that_need_it():
     plain, (x, delta) = factors(1, 48, 96, 64), spoil("common mode", *factors(1, 48, 96, 64, seed=1))
     x, delta = torch.cat([plain[0], x]).bfloat16(), torch.cat([plain[1], delta]).bfloat16()
     (core,) = spectra.reduce_factors(x, [delta])
-    assert core.escalated[0].tolist() == [1] and core.route == "fast: 48x48 Gram, 1 in high"
+    assert core.escalated[0].tolist() == [1]
+    assert core.route == "fast: 48x48 Gram, 1 in high"
     nuclear, rank = errors(spectra.solve([core])[0], dense(x, delta))
-    assert nuclear <= 1e-3 and rank <= 1e-2
+    assert nuclear <= 1e-3
+    assert rank <= 1e-2
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -174,7 +178,8 @@ def test_projections_share_the_gram_of_x_and_layers_are_solved_together():
     k = factors(3, 16, 32, 8, seed=1)[1]  # T > O: another route
     v = factors(3, 16, 32, 24, seed=2)[1]
     cores = spectra.reduce_factors(x, [q, k, v], "fast")
-    assert cores[0].left is cores[2].left and cores[1].left is None
+    assert cores[0].left is cores[2].left
+    assert cores[1].left is None
     other = spectra.reduce_factors(*(lambda x, d: (x, [d]))(*factors(3, 16, 40, 40, seed=3)), "fast")
     for sigma, delta in zip(spectra.solve(cores + other, memory=1), (q, k, v), strict=False):
         torch.testing.assert_close(sigma, dense(x, delta), rtol=2e-3, atol=1e-3)
@@ -227,4 +232,5 @@ def test_measures_of_an_empty_spectrum():
     empty = torch.empty(2, 0)
     for name in spectra.measures:
         value = spectra.measures[name](empty)
-        assert value.shape == (2,) and (value.isnan().all() if name.endswith("rank") else (value == 0).all())
+        assert value.shape == (2,)
+        assert value.isnan().all() if name.endswith("rank") else (value == 0).all()

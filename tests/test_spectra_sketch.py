@@ -105,9 +105,7 @@ def test_layers_are_normalised_before_they_are_joined():
     assert joined["none"] == [pytest.approx([3, 4, 0.3, 0.4]), pytest.approx([0, 0, 1, 0])]
 
 
-@pytest.mark.parametrize(
-    "setting", [{"dimension": 10}, {"dimension": 0}, {"clip_at": 0.0}]
-)
+@pytest.mark.parametrize("setting", [{"dimension": 10}, {"dimension": 0}, {"clip_at": 0.0}])
 def test_bad_settings_are_refused(setting):
     with pytest.raises(ConfigError):
         spectra.SketchConfig(**setting)

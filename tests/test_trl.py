@@ -174,6 +174,7 @@ SOME = [
     "grpo, inside a generation cycle, static",
     "grpo, inside a generation cycle, adaptive",
     "accumulation, static",
+    "sft, epoch 1, middle, 2 workers, adaptive",
 ]
 """One case for each way in which a resume can go wrong; the rest of the grid is slow."""
 
@@ -197,7 +198,7 @@ def agree_and_resume(names: list[str], out: Path) -> None:
 
 
 def test_two_ranks_agree_and_resume_exactly(tmp_path: Path) -> None:
-    agree_and_resume([SOME[0], SOME[3], SOME[5], SOME[6]], tmp_path)
+    agree_and_resume([SOME[0], SOME[3], SOME[5], SOME[6], SOME[7]], tmp_path)
 
 
 @pytest.mark.slow

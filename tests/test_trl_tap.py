@@ -112,14 +112,3 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
         SpectrumSignal(share=1.5)
     with pytest.raises(ConfigError, match="stride counts layers"):
         SpectrumSignal(stride=0)
-
-
-def test_a_tapped_run_resumes_exactly(tmp_path: Path) -> None:
-    seen = {}
-    for run in ("whole", "resumed"):
-        trainer = cases.trainer("sft", tmp_path, cases.dataset(30, "sft"), num_train_epochs=3)
-        attach(trainer, cases.selection(IDS), online=SpectrumSignal(share=None))
-        trainer.add_callback(cases.SaveAt(17))
-        seen[run] = cases.record(trainer)
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-17") if run == "resumed" else None)
-    assert cases.same_tail(seen)

@@ -126,6 +126,10 @@ def _key(tokens: list[int]) -> tuple[int, ...]:
     return tuple(token for token in tokens if token > 3)
 
 
+TAP_EVERYTHING = "tap everything"
+"""Stands in a case for a signal that measures every step: which steps a share of the time allows is up to the clock."""
+
+
 class SaveAt(TrainerCallback):
     """Save one checkpoint."""
 
@@ -156,13 +160,17 @@ def resume(
         `whole`: the samples of each training step of the first run; `resumed`: of the second one.
     """
     from selector.integrations.trl import attach
+    from selector.sampling import SpectrumSignal
 
     seen: dict[str, list[list[str]]] = {}
     for run in ("whole", "resumed"):
         data = dataset(n, kind).select(range(0 if attached else 3, n if attached else n - 3))
         trained = trainer(kind, out, data, **options)
         if attached:
-            attach(trained, selection([f"s{i}" for i in range(3, n - 3)]), **(attach_options or {}))
+            chosen = dict(attach_options or {})
+            if chosen.get("online") == TAP_EVERYTHING:
+                chosen["online"] = SpectrumSignal(share=None)
+            attach(trained, selection([f"s{i}" for i in range(3, n - 3)]), **chosen)
         trained.add_callback(SaveAt(save_at))
         seen[run] = record(trained)
         trained.train(resume_from_checkpoint=str(out / f"checkpoint-{save_at}") if run == "resumed" else None)
@@ -184,6 +192,10 @@ def grid(world: int) -> dict[str, dict[str, Any]]:
                 cases[f"{kind}, {place}, {workers} workers, static"] = common | {"dataloader_num_workers": workers}
             if kind in ("grpo", "rloo"):
                 cases[f"{kind}, {place}, 0 workers, adaptive"] = common | {"attach_options": {"online": "rewards"}}
+                continue
+            for workers in (0, 2):
+                tapped = {"dataloader_num_workers": workers, "attach_options": {"online": TAP_EVERYTHING}}
+                cases[f"{kind}, {place}, {workers} workers, adaptive"] = common | tapped
     inside = {"kind": "grpo", "num_train_epochs": 3, "steps_per_generation": 2, "num_iterations": 2}
     for name, attach_options in (("static", {}), ("adaptive", {"online": "rewards"})):
         cases[f"grpo, inside a generation cycle, {name}"] = inside | {"save_at": 3, "attach_options": attach_options}

@@ -45,6 +45,8 @@ class ScoreCommand(Command):
     """Do all checks, measure a few batches, say what the run would cost, and write nothing."""
     split: str = "train"
     """Which split, where there are several."""
+    explain: tuple[str, ...] = ()
+    """Samples, by id, whose tokens and whole spectra are kept for `selector report`; a finished store is not scored again."""
     reference_model: str | None = None
     """Reference model of the DPO loss, where the data set has no log-probabilities of one; else the model itself."""
     chat_template: Path | None = None
@@ -59,7 +61,7 @@ class ScoreCommand(Command):
     def run(self) -> int:
         from selector.data.load import load_rows
         from selector.errors import SelectorError, raise_all
-        from selector.scorer import estimate_run, load_model, score_dataset
+        from selector.scorer import estimate_run, explain, load_model, score_dataset
         from selector.scorer.processes import process_state, together
         from selector.scorer.sharding import wants_sharding
 
@@ -98,10 +100,12 @@ class ScoreCommand(Command):
                 show_estimate(plan, estimate)
             return 0
         store = score_dataset(model, tokenizer, dataset, self.out, self.config, command=self.settings(), reference=reference)
+        if self.explain and state.is_main_process:
+            explain(model, tokenizer, dataset, self.out, self.explain, self.config, reference)
         return summarize(store, self.config.max_failed) if state.is_main_process else 0
 
     def settings(self) -> dict[str, Any]:
-        return {name: value for name, value in super().settings().items() if name != "dry_run"}
+        return {name: value for name, value in super().settings().items() if name not in ("dry_run", "explain")}
 
 
 def show_estimate(plan: Plan, estimate: Estimate | None) -> None:

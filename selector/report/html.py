@@ -59,7 +59,7 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_finalize
     )
-    environment.filters |= {"number": number, "percent": _percent, "yaml": _yaml, "words": lambda name: str(name).replace("_", " ")}
+    environment.filters |= {"number": number, "percent": _percent, "signed": _signed, "duration": _duration, "yaml": _yaml, "words": lambda name: str(name).replace("_", " ")}
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html.jinja").render(
         script=Markup(script), style=Markup(style), digest=digest, **page_context(report)
@@ -107,10 +107,14 @@ def verdict(correlation: Mapping[str, Any]) -> str:
     Args:
         correlation: a row of the table `correlations`.
     """
-    size = abs(correlation["raw"])
+    return f"Raw {_degree(correlation['raw'])}, controlled {_degree(correlation['controlled'])}"
+
+
+def _degree(correlation: float) -> str:
+    size = abs(correlation)
     if math.isnan(size):
-        return "cannot be told"
-    return "yes, mostly" if size >= STRONG else "partly" if size >= WEAK else "hardly"
+        return "unknown"
+    return "mostly" if size >= STRONG else "partly" if size >= WEAK else "hardly"
 
 
 def _finalize(value: Any) -> Any:
@@ -120,6 +124,17 @@ def _finalize(value: Any) -> Any:
 
 def _percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:+.2f}".replace("-", "−")
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{number(seconds / size)} {unit}"
+    return f"{number(seconds)} seconds"
 
 
 def _yaml(value: Any) -> str:
@@ -139,8 +154,10 @@ def _maps(layers: pa.Table) -> list[dict[str, Any]]:
         limit = figures.contrast_limit(layers, measure)
         contrasts = [(g, figures.contrast_map(layers, measure, g, limit)) for g, kind in kinds.items() if kind in ("selection", "control")]
         sources = [(g, figures.mean_map(layers, measure, g)) for g, kind in kinds.items() if kind == "source"]
+        means = where(layers, measure=measure, kind="pool")["mean"].drop_null().to_numpy()
+        ends = {"low": float(means.min()), "high": float(means.max())} if len(means) else {"low": None, "high": None}
         pool = figures.mean_map(layers, measure, "pool")
-        found.append({"measure": measure, "unit": UNITS[measure], "pool": pool, "contrasts": contrasts, "limit": limit, "sources": sources})
+        found.append({"measure": measure, "unit": UNITS[measure], **ends, "pool": pool, "contrasts": contrasts, "limit": limit, "sources": sources})
     return found
 
 

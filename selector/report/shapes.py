@@ -16,7 +16,7 @@ from selector.types import Scores
 COLUMNS, ROWS = 72, 44
 """Cells of a score against length."""
 BINS = 40
-"""Bars of a distribution."""
+"""Most bars of a distribution; a small pool has fewer."""
 OUTSIDE = 0.001
 """Share of samples at each end that is drawn at the edge, so that one outlier does not squeeze the rest."""
 LINE = 32
@@ -110,12 +110,13 @@ def distributions_table(scores: Scores, groups: Sequence[Group]) -> pa.Table:
         valid = np.isfinite(values) & ((values > 0) | (variable != "tokens"))
         if not valid.any():
             continue
-        edges = _edges(values[valid], BINS, variable == "tokens" or is_logarithmic(values[valid], variable))
+        bins = int(np.clip(2 * np.cbrt(valid.sum()), 4, BINS))
+        edges = _edges(values[valid], bins, variable == "tokens" or is_logarithmic(values[valid], variable))
         for group in groups:
             at = members(group, scores.rows)
             shown = values[at[valid[at]]]
-            counts = np.bincount(_bin(shown, edges), minlength=BINS)
-            columns = {"variable": [variable] * BINS, "kind": [group.kind] * BINS, "group": [group.title] * BINS}
+            counts = np.bincount(_bin(shown, edges), minlength=bins)
+            columns = {"variable": [variable] * bins, "kind": [group.kind] * bins, "group": [group.title] * bins}
             found.append(pa.table(columns | {"low": edges[:-1], "high": edges[1:], "share": counts / max(len(shown), 1)}))
     return pa.concat_tables(found)
 

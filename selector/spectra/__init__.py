@@ -1,6 +1,7 @@
 """Spectra of weight gradients: singular values from factors, measures of them, similarities and sketches."""
 
-from selector.spectra.factors import Core, Precision, reduce_factors, singular_values, solve
+from selector.spectra.cores import Core, solve
+from selector.spectra.factors import Precision, reduce_factors, singular_values
 from selector.spectra.measures import (
     Measure,
     effective_rank,

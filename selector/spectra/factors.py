@@ -21,9 +21,8 @@ others, and solves a sample's matrix again in high where the floor comes near it
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -31,38 +30,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selector.errors import ConfigError, SelectorError, did_you_mean
-from selector.spectra.linalg import matmul, root_eigenvalues, semidefinite_factor, uses_kernels
+from selector.spectra.cores import Core, solve
+from selector.spectra.linalg import matmul, outer_square
 from selector.spectra.threads import over_batch
 
 Precision = Literal["fast", "high", "reference", "auto"]
 
 ESCALATE = 0.1
 """`auto` solves a matrix again when its floor exceeds this share of ‖G‖_F / sqrt(R)."""
-
-MEMORY = 1 << 30
-"""Bytes of work space that `solve` takes on CPU unless told otherwise; on a GPU it takes half of what is free."""
-
-
-@dataclass(frozen=True, eq=False)
-class Core:
-    """The small matrices that hold the spectra of one projection for a batch of samples."""
-
-    matrix: Float[Tensor, "N n m"]
-    """A symmetric matrix whose eigenvalues are sigma², or its right factor where `left` is given, or one with singular values sigma."""
-    left: Float[Tensor, "N n n"] | None
-    """Left factor of the product whose eigenvalues are sigma²; one tensor shared by projections of the same input."""
-    squared: bool
-    """Whether eigenvalues are sigma² (else singular values are sigma)."""
-    scale: Float[Tensor, " N"]
-    """What the spectra are multiplied by, float64; NaN for a sample whose factors are not finite."""
-    frobenius: Float[Tensor, " N"]
-    """‖G‖_F, float64."""
-    floor: Float[Tensor, " N"]
-    """Bound on the noise of a singular value, in the unit of the gradient, float64."""
-    route: str
-    """How it is solved, for people to read: `"fast: 256x256 Gram"`."""
-    escalated: tuple[Tensor, Core] | None = None
-    """Positions of the samples that need more precision, and their cores."""
 
 
 def singular_values(
@@ -110,30 +85,6 @@ def reduce_factors(
     return _escalate(cores, x, deltas)
 
 
-def solve(cores: Sequence[Core], memory: int | None = None) -> list[Float[Tensor, "N _"]]:
-    """Solve cores of any number of layers; those of one size go through one batched solver.
-
-    Args:
-        cores: what `reduce_factors` returned, of one or many layers.
-        memory: bytes of work space to stay within; None chooses it from what is free.
-
-    Returns:
-        Singular values for each core, `[N, R]` float64, descending.
-    """
-    groups: dict[tuple, list[int]] = defaultdict(list)
-    for i, core in enumerate(cores):
-        groups[_padded(core), core.squared, core.left is None, core.matrix.dtype, core.matrix.device].append(i)
-    spectra: list[Tensor] = [torch.empty(0)] * len(cores)
-    for (shape, *_), members in groups.items():
-        for chunk in _chunks(cores, members, shape, memory):
-            for i, sigma in zip(chunk, _solve_chunk([cores[i] for i in chunk], shape), strict=True):
-                spectra[i] = sigma
-    again = [(i, *core.escalated) for i, core in enumerate(cores) if core.escalated]
-    for (i, samples, _), sigma in zip(again, solve([core for *_, core in again], memory) if again else (), strict=True):
-        spectra[i][samples] = sigma
-    return spectra
-
-
 def check_factors(x: Tensor, deltas: Sequence[Tensor], precision: str) -> None:
     """Refuse a precision that is not known and factors that do not fit each other.
 
@@ -161,13 +112,16 @@ def check_factors(x: Tensor, deltas: Sequence[Tensor], precision: str) -> None:
 
 
 def _reduce(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
-    """The cores of all projections, the long ones (T > min(I, O)) one by one and the others with their shared part."""
+    """The cores of all projections: those with T <= min(I, O), which share the part of x, and those with more tokens."""
     length, width = x.shape[1:]
     short = [i for i, delta in enumerate(deltas) if length <= min(width, delta.shape[-1])]
+    long = [i for i in range(len(deltas)) if i not in short]
     unsquared = precision == "reference" or (precision == "high" and x.device.type == "cpu")
-    pair = _triangle_cores if unsquared else _gram_cores
-    cores = dict(zip(short, pair(x, [deltas[i] for i in short], precision), strict=True)) if short else {}
-    return [cores[i] if i in cores else _gradient_core(x, delta, precision) for i, delta in enumerate(deltas)]
+    cores: dict[int, Core] = {}
+    for positions, route in ((short, _triangle_cores if unsquared else _gram_cores), (long, _gradient_cores)):
+        if positions:
+            cores |= zip(positions, route(x, [deltas[i] for i in positions], precision), strict=True)
+    return [cores[i] for i in range(len(deltas))]
 
 
 def _gram_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
@@ -220,20 +174,26 @@ def _triangle(matrices: Tensor) -> Tensor:
     return torch.linalg.qr(matrices, mode="r").R
 
 
-def _gradient_core(x: Tensor, delta: Tensor, precision: str) -> Core:
+def _gradient_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
     eps = torch.finfo(_work_dtype(precision)).eps
-    x = x.masked_fill((delta == 0).all(-1, keepdim=True), 0.0)
-    x, x_scale = _operand(x, precision)
-    delta, scale = _operand(delta, precision)
-    small_side_first = (delta.mT, x) if delta.shape[-1] <= x.shape[-1] else (x.mT, delta)
-    gradient, ok = _finite(matmul(*small_side_first))
-    scale = (x_scale * scale).masked_fill(~ok, torch.nan)
-    frobenius = torch.linalg.matrix_norm(gradient).double() * scale
-    size, squared = gradient.shape[-2], precision != "reference"
-    return Core(
-        matmul(gradient, gradient.mT) if squared else gradient, None, squared, scale, frobenius,
-        (eps**0.5 if squared else eps) * frobenius, f"{precision}: {size}x{size} " + ("Gram of G" if squared else "G"),
-    )  # fmt: skip
+    live = torch.stack([(delta != 0).any(-1) for delta in deltas]).any(0)
+    x, x_scale = _operand(x.masked_fill(~live.unsqueeze(-1), 0.0), precision)
+    cores = []
+    for original in deltas:
+        delta, scale = _operand(original, precision)
+        gradient = matmul(delta.mT, x) if delta.shape[-1] <= x.shape[-1] else matmul(x.mT, delta)
+        frobenius = torch.linalg.matrix_norm(gradient, dtype=torch.float64)
+        ok = frobenius.isfinite()
+        scale = (x_scale * scale).masked_fill(~ok, torch.nan)
+        size, squared = gradient.shape[-2], precision != "reference"
+        matrix = (outer_square(gradient) if squared else gradient).masked_fill_(~ok[:, None, None], 0.0)
+        cores.append(
+            Core(
+                matrix, None, squared, scale, frobenius * scale, (eps**0.5 if squared else eps) * frobenius * scale,
+                f"{precision}: {size}x{size} " + ("Gram of G" if squared else "G"),
+            )
+        )  # fmt: skip
+    return cores
 
 
 def _escalate(cores: list[Core], x: Tensor, deltas: Sequence[Tensor]) -> list[Core]:
@@ -247,63 +207,6 @@ def _escalate(cores: list[Core], x: Tensor, deltas: Sequence[Tensor]) -> list[Co
             (better,) = _reduce(x[samples], [deltas[i][samples]], "high")
             cores[i] = replace(cores[i], escalated=(samples, better), route=f"{cores[i].route}, {len(samples)} in high")
     return cores
-
-
-def _padded(core: Core) -> torch.Size:
-    """Shape in which a core is solved: the kernels work on blocks of 64, and added zero rows only add zeros to a spectrum."""
-    shape = core.matrix.shape[-2:]
-    return torch.Size(-(-size // 64) * 64 for size in shape) if core.squared and uses_kernels(core.matrix) else shape
-
-
-def _chunks(cores: Sequence[Core], members: list[int], shape: torch.Size, memory: int | None) -> Iterator[list[int]]:
-    """Runs of members whose matrices, at five copies each, fit the work space; at least one member each."""
-    matrix = cores[members[0]].matrix
-    if memory is None:
-        memory = torch.cuda.mem_get_info(matrix.device)[0] // 2 if matrix.is_cuda else MEMORY
-    room = memory // max(5 * shape.numel() * matrix.element_size(), 1)
-    chunk, rows = [], 0
-    for i in members:
-        if chunk and rows + len(cores[i].matrix) > room:
-            yield chunk
-            chunk, rows = [], 0
-        chunk.append(i)
-        rows += len(cores[i].matrix)
-    yield chunk
-
-
-def _solve_chunk(cores: list[Core], shape: torch.Size) -> list[Tensor]:
-    """Spectra of cores that share kind, dtype and device, padded to one size."""
-    matrices = _stack([core.matrix for core in cores], shape)
-    if not cores[0].squared:
-        values = over_batch(torch.linalg.svdvals, matrices)
-    else:
-        if cores[0].left is not None:
-            lefts = {id(core.left): core.left for core in cores}
-            lower = semidefinite_factor(_stack(list(lefts.values()), shape)).split([len(left) for left in lefts.values()])
-            by_left = dict(zip(lefts, lower, strict=True))
-            start = 0
-            for core in cores:
-                part, factor = matrices[start : start + len(core.matrix)], by_left[id(core.left)]
-                part.copy_(matmul(factor.mT, matmul(part, factor)))
-                start += len(part)
-        values = root_eigenvalues(matrices)
-    spectra = values.double() * torch.cat([core.scale for core in cores]).unsqueeze(-1)
-    return [
-        part[:, : core.matrix.shape[-2]]
-        for part, core in zip(spectra.split([len(core.matrix) for core in cores]), cores, strict=True)
-    ]
-
-
-def _stack(parts: list[Tensor], shape: torch.Size) -> Tensor:
-    """One new tensor of all parts, each matrix padded to the shape by zeros."""
-    if all(part.shape[-2:] == shape for part in parts):
-        return torch.cat(parts)
-    stacked = parts[0].new_zeros(sum(len(part) for part in parts), *shape)
-    start = 0
-    for part in parts:
-        stacked[start : start + len(part), : part.shape[-2], : part.shape[-1]] = part
-        start += len(part)
-    return stacked
 
 
 def _work_dtype(precision: str) -> torch.dtype:

@@ -1,6 +1,22 @@
-"""Triton kernels: eigenvalues of batches of symmetric matrices by tridiagonalization and bisection."""
+"""Eigenvalues of batches of symmetric matrices on an NVIDIA GPU: Householder tridiagonalization, then bisection.
+
+Tridiagonalization has to pass over the shrinking matrix once per column, so its price is memory traffic. Three things keep it low:
+only the upper triangle is read (each block serves its rows and its columns: n³/6 numbers instead of n³/3), reflectors are
+gathered and applied a panel at a time, and one launch does all columns of all matrices, so that no launch waits for another.
+Many matrices go one to a program; few large ones are shared by groups of programs that meet at a barrier in global memory. The
+price of simplicity against a reduction by way of a band matrix: no use of tensor cores.
+
+Eigenvalues of the tridiagonal matrices then come from Sturm counts, one lane each: a grid of points brackets all of them in one
+pass, and bisection runs on the root, so that a given number of steps resolves singular values evenly.
+
+Source: LAPACK's sytrd and stebz; Golub and Van Loan, Matrix Computations, sections 8.3.1 and 8.4.1.
+"""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -8,35 +24,41 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+TILE = 64
+"""Sizes of matrices are multiples of this."""
 
-@triton.jit
+
+def _kernel(function: Callable[..., Any]) -> Any:
+    """`triton.jit` of a function as it is written here, without the type checks that an import hook may have put around it."""
+    return triton.jit(inspect.unwrap(function))
+
+
+@_kernel
 def _barrier(counter, target, GROUP: tl.constexpr):
+    """Wait until all programs of a group have come here `target` times, and see what they have written."""
     tl.debug_barrier()
     if GROUP > 1:
         tl.atomic_add(counter, 1, sem="release", scope="gpu")
-        while tl.load(counter, volatile=True) < target:
-            pass
-        # The plain loads above order nothing; this does. Its result must be used, or the compiler drops it.
         while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < target:
             pass
         tl.debug_barrier()
 
 
-@triton.jit
+@_kernel
 def _reflector(column, at, k, inverse):
     """Entries of the reflector of column k: 0 up to k, then 1, then the scaled column."""
     v = tl.load(column + at) * inverse
     return tl.where(at > k + 1, v, tl.where(at == k + 1, 1.0, 0.0))
 
 
-@triton.jit
+@_kernel
 def _block(u, last):
     """Row and column of the u-th block on or above the diagonal, counted from the last block backwards."""
     t = ((tl.sqrt(8.0 * u + 1.0) - 1.0) * 0.5 + 1e-3).to(tl.int32)
     return last - t, last - (u - t * (t + 1) // 2)
 
 
-@triton.jit
+@_kernel
 def _tridiagonalize(
     a_ptr, d_ptr, e_ptr, work_ptr, counter_ptr, n, batch, n_groups, work_stride,
     GROUP: tl.constexpr, PANEL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -89,7 +111,7 @@ def _tridiagonalize(
         target += GROUP
         _barrier(counter, target, GROUP)
 
-        for k in range(0, n - 1):
+        for k in range(n - 1):
             j = k % PANEL
             done = panel < j
             # The reflector I - tau v vᵀ that maps the column below the diagonal to (beta, 0, ..., 0), with v[k + 1] = 1.
@@ -214,7 +236,7 @@ def _tridiagonalize(
                 _barrier(counter, target, GROUP)
 
 
-@triton.jit
+@_kernel
 def _count(x, d, e2, n, tiny):
     """Number of eigenvalues of the tridiagonal below x, by the signs of the pivots of T - x."""
     count = tl.zeros_like(x).to(tl.int32)
@@ -226,7 +248,7 @@ def _count(x, d, e2, n, tiny):
     return count
 
 
-@triton.jit
+@_kernel
 def _bisect_roots(
     d_ptr, e_ptr, out_ptr, e2_ptr, count_ptr, n, steps, tiny,
     LANES: tl.constexpr, SIZE: tl.constexpr,
@@ -272,60 +294,60 @@ def tridiagonalize(matrices: Float[Tensor, "N n n"]) -> tuple[Float[Tensor, "N n
     """Reduce symmetric matrices to tridiagonal ones with the same eigenvalues.
 
     Args:
-        matrices: finite, float32 or float64, of magnitude near 1, n a multiple of 64; destroyed.
+        matrices: finite, float32 or float64, of magnitude near 1, n a multiple of `TILE`; destroyed.
 
     Returns:
         Diagonals, and off-diagonals whose last entry is 0.
     """
     batch, n = matrices.shape[:2]
+    blocks = n // TILE
     single = matrices.dtype == torch.float32
-    slots = (4 if single else 2) * torch.cuda.get_device_properties(matrices.device).multi_processor_count
+    device = torch.cuda.get_device_properties(matrices.device)
+    # What one program takes: registers allow four at a time in float32 and two in float64, if shared memory has room for its blocks.
+    resident = min(4 if single else 2, device.shared_memory_per_multiprocessor // ((36 if single else 70) << 10))
+    slots = max(resident, 1) * device.multi_processor_count
     group = 1
-    while batch * group * 2 <= slots and group * 2 <= min(n // 16, 64):
+    while batch * group * 2 <= slots and group * 2 <= min(64, blocks * (blocks + 1) // 4):
         group *= 2
-    return _launch(matrices, group=group, slots=slots, panel=8 if n <= 1024 else 16, regs=128 if single else None)
-
-
-def _launch(a, *, group, slots, panel=8, tile=64, chunk=128, warps=4, regs=None, stages=3):
-    batch, n = a.shape[:2]
-    blocks = triton.next_power_of_2(n // tile)
-    d = torch.empty(batch, n, dtype=a.dtype, device=a.device)
-    e = torch.zeros_like(d)
-    stride = (4 * panel + 1 + blocks) * n + triton.cdiv(group * (2 * panel + 2), 64) * 64
-    work = torch.empty(batch * stride, dtype=a.dtype, device=a.device)
     groups = batch if group == 1 else min(batch, slots // group)
-    counter = torch.zeros(groups, dtype=torch.int32, device=a.device)
-    # Programs of a group wait for each other, so all must run at once.
-    extra = {"launch_cooperative_grid": True} if group > 1 and a.is_cuda else {}
-    if regs:
-        extra["maxnreg"] = regs
+    panel = 8 if n <= 1024 else 16
+    padded_blocks = triton.next_power_of_2(blocks)
+    stride = (4 * panel + 1 + padded_blocks) * n + triton.cdiv(group * (2 * panel + 2), 64) * 64
+    diagonal = matrices.new_empty(batch, n)
+    off_diagonal = matrices.new_zeros(batch, n)
+    work = matrices.new_empty(batch * stride)
+    counter = torch.zeros(groups, dtype=torch.int32, device=matrices.device)
+    # Programs of a group wait for each other, so all must run at once: a launch that cannot promise it fails instead of hanging.
+    options = {"launch_cooperative_grid": True} if group > 1 else {}
+    if single:
+        options["maxnreg"] = 128
     _tridiagonalize[(groups * group,)](
-        a, d, e, work, counter, n, batch, groups, stride, GROUP=group, PANEL=panel, TILE=tile, CHUNK=chunk,
-        BLOCKS=blocks, STAGES=stages, num_warps=warps, **extra,
+        matrices, diagonal, off_diagonal, work, counter, n, batch, groups, stride, GROUP=group, PANEL=panel, TILE=TILE, CHUNK=128,
+        BLOCKS=padded_blocks, STAGES=3, num_warps=4, **options,
     )  # fmt: skip
-    return d, e
+    return diagonal, off_diagonal
 
 
-def bisect_roots(d: Float[Tensor, "N n"], e: Float[Tensor, "N n"]) -> Float[Tensor, "N n"]:
+def bisect_roots(diagonal: Float[Tensor, "N n"], off_diagonal: Float[Tensor, "N n"]) -> Float[Tensor, "N n"]:
     """Square roots of the eigenvalues of positive semidefinite tridiagonal matrices.
 
     Args:
-        d: diagonals.
-        e: off-diagonals; the last entry is not read.
+        diagonal: diagonals.
+        off_diagonal: off-diagonals; the last entry is not read.
 
     Returns:
         Roots, descending, each within 2^-23 (float32) or 2^-30 (float64) of the largest; negative eigenvalues give about 0.
     """
-    batch, n = d.shape
+    batch, n = diagonal.shape
     size = triton.next_power_of_2(n)
     lanes = min(size, 512)
     blocks = triton.cdiv(n, lanes)
-    steps = (23 if d.dtype == torch.float32 else 30) - (lanes.bit_length() - 1)
-    out = torch.empty_like(d)
-    e2 = torch.empty(batch * blocks, n, dtype=d.dtype, device=d.device)
-    counts = torch.empty(batch * blocks, lanes, dtype=torch.int32, device=d.device)
-    tiny = torch.finfo(d.dtype).tiny ** 0.5
+    steps = (23 if diagonal.dtype == torch.float32 else 30) - (lanes.bit_length() - 1)
+    out = torch.empty_like(diagonal)
+    e2 = torch.empty(batch * blocks, n, dtype=diagonal.dtype, device=diagonal.device)
+    counts = torch.empty(batch * blocks, lanes, dtype=torch.int32, device=diagonal.device)
+    tiny = torch.finfo(diagonal.dtype).tiny ** 0.5
     _bisect_roots[(batch, blocks)](
-        d, e, out, e2, counts, n, steps, tiny, LANES=lanes, SIZE=size, num_warps=max(lanes // 64, 1)
+        diagonal, off_diagonal, out, e2, counts, n, steps, tiny, LANES=lanes, SIZE=size, num_warps=max(lanes // 64, 1)
     )
     return out

@@ -15,15 +15,12 @@ from torch import Tensor
 
 from selector.spectra.threads import over_batch
 
-JITTER = 32
-"""How many ε of itself a diagonal entry is raised by before a Cholesky factorisation; eight times that when it fails."""
-
 
 def root_eigenvalues(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n"]:
     """Square roots of the eigenvalues of positive semidefinite matrices.
 
     Args:
-        matrices: finite, symmetric up to rounding, float32 or float64; overwritten. On the kernels' path n is a multiple of 64.
+        matrices: finite, float32 or float64, read on and above the diagonal; overwritten. For the kernels n is a multiple of 64.
 
     Returns:
         Roots, descending, with errors of sqrt(ε) of the largest one; eigenvalues that rounding made negative count as zero.
@@ -31,7 +28,7 @@ def root_eigenvalues(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n"]:
     if not matrices.numel():
         return matrices.new_zeros(matrices.shape[:2])
     if not uses_kernels(matrices):
-        return over_batch(torch.linalg.eigvalsh, matrices).clamp_min(0).sqrt().flip(-1)
+        return over_batch(_upper_eigenvalues, matrices).clamp_min(0).sqrt().flip(-1)
     from selector.spectra.kernels import bisect_roots, tridiagonalize
 
     largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1)
@@ -42,25 +39,45 @@ def root_eigenvalues(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n"]:
 def semidefinite_factor(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n n"]:
     """L with L Lᵀ close to a positive semidefinite matrix, singular ones included.
 
-    A few dozen ε of itself are added to each diagonal entry, which lets the Cholesky factorisation of most singular matrices
-    finish; where it does not, eight times as much, and then the root of the eigendecomposition takes its place.
+    The Cholesky factorisation runs in float64 also for float32 matrices: its own rounding in float32 would cost more accuracy
+    than that of the matrix. A little of itself is added to each diagonal entry, so that singular matrices pass too: a few dozen ε
+    of float64 at first, more where rounding of the matrix itself asks for it, and at last the root of the eigendecomposition.
 
     Args:
         matrices: finite, positive semidefinite up to rounding, float32 or float64.
 
     Returns:
-        The factor. A zero row of the matrix gives a zero row and column.
+        The factor, float64. A zero row of the matrix gives a zero row and column.
     """
-    diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-    empty = diagonal <= 0
-    jitter = JITTER * torch.finfo(matrices.dtype).eps
-    lower, failed = _cholesky(matrices, torch.where(empty, 1.0, jitter * diagonal))
+    own, double = torch.finfo(matrices.dtype).eps, torch.finfo(torch.float64).eps
+    empty = matrices.diagonal(dim1=-2, dim2=-1) <= 0
+    lower, failed = _cholesky(matrices, 32 * double)
+    for jitter in (max(own, 128 * double), max(8 * own, 1024 * double)):
+        if len(failed):
+            lower[failed], still = _cholesky(matrices[failed], jitter)
+            failed = failed[still]
     if len(failed):
-        lower[failed], still = _cholesky(matrices[failed], torch.where(empty, 1.0, 8 * jitter * diagonal)[failed])
-        if len(still):
-            values, vectors = torch.linalg.eigh(matrices[failed[still]])
-            lower[failed[still]] = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+        values, vectors = torch.linalg.eigh(matrices[failed].double())
+        lower[failed] = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
     return lower.masked_fill_(empty.unsqueeze(-2), 0.0)
+
+
+def outer_square(matrices: Float[Tensor, "N n k"]) -> Float[Tensor, "N n n"]:
+    """M Mᵀ, of large matrices only the upper triangle, which is all that `root_eigenvalues` reads.
+
+    Args:
+        matrices: M, float32 or float64.
+
+    Returns:
+        Products, accumulated in float64 and in the dtype of M.
+    """
+    n = matrices.shape[-2]
+    step = n if n < 1024 else 512
+    double = matrices.double()
+    out = matrices.new_zeros(len(matrices), n, n)
+    for start in range(0, n, max(step, 1)):
+        out[:, start : start + step, start:] = double[:, start : start + step] @ double[:, start:].mT
+    return out
 
 
 def matmul(a: Float[Tensor, "N m k"], b: Float[Tensor, "N k n"]) -> Float[Tensor, "N m n"]:
@@ -90,6 +107,10 @@ def uses_kernels(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.version.hip is None and _has_triton()
 
 
+def _upper_eigenvalues(matrices: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh(matrices, UPLO="U")
+
+
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -100,8 +121,10 @@ def _bmm_widens() -> bool:
     return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
-def _cholesky(matrices: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    raised = matrices.clone()
-    raised.diagonal(dim1=-2, dim2=-1).add_(added)
+def _cholesky(matrices: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+    """Factors in float64, and the positions of those that failed."""
+    raised = matrices.to(torch.float64, copy=True)
+    diagonal = raised.diagonal(dim1=-2, dim2=-1)
+    diagonal.copy_(torch.where(diagonal > 0, diagonal * (1 + jitter), 1.0))
     lower, info = torch.linalg.cholesky_ex(raised)
     return lower, info.nonzero().flatten()
