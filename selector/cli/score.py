@@ -77,7 +77,7 @@ class ScoreCommand(Command):
                 problems.append(error)
             try:
                 model, tokenizer = load_model(
-                    self.model, self.config.dtype, device="cpu" if wants_sharding() or state.device is None else state.device,
+                    self.model, self.config.dtype, device="cpu" if wants_sharding() else str(state.device),
                     chat_template=self.chat_template, trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
                 )  # fmt: skip
             except SelectorError as error:
