@@ -11,6 +11,7 @@ measured never depends on the clock of one process.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -150,11 +151,7 @@ class Tap:
         if len(self._tapped) == TAPPED_STEPS:
             step, tapped = (statistics.median(t[len(t) // 3 :]) for t in (self._plain, self._tapped))
             assert self.signal.share is not None
-            affordable = self.signal.share * step / max(tapped - step, 1e-9) * len(self._indices)
-            plan = [
-                min(max(int(affordable), 1), len(self._indices)),
-                max(1, round(1 / affordable)) if affordable < 1 else 1,
-            ]
+            plan = list(affordable(self.signal.share, step, tapped, len(self._indices)))
             broadcast_object_list(plan)
             self.signal.layers, self.signal.every = plan
             self._choose(self.signal.layers)
@@ -228,6 +225,19 @@ class Tap:
     def _wait(self) -> None:
         if self.trainer.args.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def affordable(share: float, step: float, tapped: float, layers: int) -> tuple[int, int]:
+    """How many layers to measure, and one step in how many, to stay within a share of the time.
+
+    Args:
+        share: of a plain step's time.
+        step: seconds of a plain step.
+        tapped: seconds of a step with all layers measured.
+        layers: how many those are.
+    """
+    count = share * step / max(tapped - step, 1e-9) * layers
+    return min(max(int(count), 1), layers), 1 if count >= 1 else math.ceil(1 / count)
 
 
 def tap_problem(trainer: Any, signal: SpectrumSignal) -> IntegrationError | None:

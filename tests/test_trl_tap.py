@@ -11,6 +11,7 @@ import trainer_cases as cases
 
 from selector.config import ScoreConfig
 from selector.errors import ConfigError, IntegrationError
+from selector.integrations._tap import affordable
 from selector.integrations.trl import attach
 from selector.sampling import SpectrumSignal
 from selector.scorer import score_dataset
@@ -88,7 +89,14 @@ def test_a_share_of_the_step_decides_how_much_is_measured(tmp_path: Path) -> Non
     trainer.train()
     assert signal.layers == 1
     assert signal.every >= 1
-    assert 0 < np.isfinite(signal.values).mean() < 1
+    assert np.isfinite(signal.values).any()
+
+
+def test_the_share_buys_layers_and_then_steps() -> None:
+    assert affordable(0.05, step=1.0, tapped=1.35, layers=32) == (4, 1)
+    assert affordable(0.05, step=1.0, tapped=1.01, layers=32) == (32, 1)
+    assert affordable(0.05, step=1.0, tapped=5.0, layers=20) == (1, 4)
+    assert affordable(0.05, step=1.0, tapped=0.9, layers=20) == (20, 1)
 
 
 def test_live_measurements_outweigh_the_scores_they_replace() -> None:
