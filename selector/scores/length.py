@@ -122,14 +122,15 @@ class SplineControl(LengthControl):
         levels = np.linspace(0.02, 0.98, n_knots)
         knots = [np.unique(np.log1p(np.quantile(x, levels))).tolist() if len(x) else [] for x in lengths]
         tables = _basis_tables(lengths, knots)
-        gram, right = 0.0, 0.0
+        width = 1 + sum(table.shape[1] for table in tables)
+        gram, right = np.zeros((width, width)), np.zeros(width)
         for first in range(0, max(len(log_score), 1), BLOCK):
             rows = slice(first, first + BLOCK)
             parts = [table[x[rows]] for table, x in zip(tables, lengths, strict=True)]
             design = np.concatenate([np.ones((len(log_score[rows]), 1)), *parts], axis=1)
             gram, right = gram + design.T @ design, right + design.T @ log_score[rows]
-        penalty = RIDGE * max(np.trace(gram) / len(gram), 1e-300)
-        coefficients = np.linalg.solve(gram + penalty * np.eye(len(gram)), right)
+        penalty = RIDGE * max(np.trace(gram) / width, 1e-300)
+        coefficients = np.linalg.solve(gram + penalty * np.eye(width), right)
         variance = float(np.var(log_score)) if len(log_score) else 0.0
         left = np.var(log_score - _expected(lengths, knots, coefficients)) if variance > 0 else 0.0
         return cls(knots, coefficients.tolist(), 1 - float(left) / variance if variance > 0 else 0.0)
