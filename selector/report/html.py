@@ -122,15 +122,15 @@ def _finalize(value: Any) -> Any:
     return text_of(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _percent(value: float | None, digits: int = 1) -> str:
+def _percent(value: int | float | None, digits: int = 1) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
 
 
-def _signed(value: float | None) -> str:
+def _signed(value: int | float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:+.2f}".replace("-", "−")
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: int | float) -> str:
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{number(seconds / size)} {unit}"

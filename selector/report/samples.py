@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from selector.config import ScoreConfig, from_mapping
 from selector.data.ids import content_hash
-from selector.data.layout import Layout, recognize
+from selector.data.layout import recognize
 from selector.data.rollouts import one_row_per_rollout
 from selector.errors import DataError
 from selector.report.shapes import forms
@@ -112,7 +112,7 @@ def samples_table(scores: Scores, samples: pa.Table, selections: Mapping[str, Se
         controlled, raw_percentile and percentile (share of the pool below, 0 to 100), picked_by, reason, parts.
     """
     status = np.array(samples["status"].to_pylist(), dtype=object)
-    loss = pc.fill_null(samples["loss"], float("nan")).to_numpy()
+    loss = pc.fill_null(samples["loss"].cast(pa.float64()), float("nan")).to_numpy()
     values = forms(scores)
     percentiles = {form: _percentiles(values[form]) for form in values}
     by_row = {

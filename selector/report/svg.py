@@ -26,9 +26,9 @@ class Axis:
 
     label: str
     """What it shows, with its unit."""
-    low: float
+    low: int | float
     """Left or lower end."""
-    high: float
+    high: int | float
     """Right or upper end."""
     logarithmic: bool = False
 
@@ -64,7 +64,7 @@ class Axis:
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: int | float | None, digits: int = 3) -> str:
     """A number for people: few digits, thousands separated, an en dash for none.
 
     Args:
@@ -76,7 +76,7 @@ def number(value: float | None, digits: int = 3) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         whole = abs(value) >= 10 ** (digits - 1)
         return f"{value:,.0f}" if whole or value == int(value) else f"{value:.{digits}g}"
-    return f"{value:.{digits - 1}e}"
+    return f"{value:.{digits}g}"
 
 
 def frame(x: Axis, y: Axis, marks: Markup, title: str) -> Markup:
@@ -88,7 +88,7 @@ def frame(x: Axis, y: Axis, marks: Markup, title: str) -> Markup:
         marks: what is drawn, in the figure's coordinates.
         title: what a screen reader says of it.
     """
-    parts = [Markup('<svg class="figure" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, title)]
+    parts = [Markup('<svg class="figure" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, text_of(title))]
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     grid, labels = [], []
     x_ticks, y_ticks = x.ticks(), y.ticks()
@@ -155,7 +155,7 @@ def line(x: Axis, y: Axis, xs: Float[np.ndarray, " N"], ys: Float[np.ndarray, " 
 
 def heat_map(
     values: Float[np.ndarray, "P L"], rows: Sequence[str], columns: Sequence[int], *,
-    shading: Float[np.ndarray, "P L"], limit: float | None, text: str,
+    shading: Float[np.ndarray, "P L"], limit: int | float | None, text: str,
 ) -> Markup:  # fmt: skip
     """A grid of shaded cells, layers across and projections down; the page's script reads out the cell under the pointer.
 
@@ -192,7 +192,7 @@ def heat_map(
         '<svg class="heatmap" width="{w}" height="{h}" viewBox="0 0 {w} {h}" role="img" tabindex="0" aria-label="{text}" data-values="{data}" '
         'data-rows="{rows}" data-columns="{columns}" data-grid="{left} {top} {size} {height}">'
     ).format(
-        w=width, h=total, text=text, data=data, rows="|".join(rows), columns=" ".join(map(str, columns)),
+        w=width, h=total, text=text_of(text), data=data, rows="|".join(rows), columns=" ".join(map(str, columns)),
         left=left, top=top, size=size, height=height,
     )  # fmt: skip
     return Markup("").join([head, *drawn, Markup("</svg>")])
