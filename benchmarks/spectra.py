@@ -267,7 +267,7 @@ def accuracy(folder: Path, texts: Path) -> dict:
 
 
 def on_cpu() -> dict:
-    """Row k: 256 tokens at width 1536, over `torch.linalg.svdvals` of the gradient."""
+    """Row k: 256 tokens at width 1536, over `torch.linalg.svdvals` of the gradient, which has rank 256."""
     torch.set_num_threads(2)
     generator = torch.Generator().manual_seed(0)
     x, delta = (torch.randn(1, 256, 1536, generator=generator) for _ in range(2))

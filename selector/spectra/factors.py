@@ -10,9 +10,12 @@ layers and solves those of one size together.
 
 Squaring costs half the digits. What lies below the floor of a route is noise:
 
-    fast        float32 (operands of 16 bits are exact in it)   sqrt(eps32) ‖x‖ ‖delta‖, about 3e-4 of that product
-    high        float64 throughout                              sqrt(eps64) ‖x‖ ‖delta‖, about 1.5e-8 of it; eps64 of it on CPU for T <= min(I, O)
-    reference   float64, nothing squared                        eps64 ‖x‖ ‖delta‖
+    fast        products and eigenvalues in float32, in which operands of 16 bits are exact; factors in float64
+                sqrt(eps32) ‖x‖ ‖delta‖, about 3e-4 of that product
+    high        float64 throughout
+                sqrt(eps64) ‖x‖ ‖delta‖, about 1.5e-8 of it; on CPU, for T <= min(I, O), eps64 of it
+    reference   float64, nothing squared
+                eps64 ‖x‖ ‖delta‖
 
 where ‖x‖ and ‖delta‖ are spectral norms, and ‖G‖ stands in place of the product for T > min(I, O). The product is near ‖G‖ on ordinary
 data, but not where the tokens of x share a large common part that delta cancels. `auto` is fast for 16-bit factors and high for
@@ -151,20 +154,22 @@ def _gram_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Cor
 
 def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
     """With xᵀ = Q R and deltaᵀ = P S (QR), G = P (S Rᵀ) Qᵀ has the singular values of S Rᵀ."""
-    live = torch.stack([(delta != 0).any(-1) for delta in deltas]).any(0)
-    x, x_ok = _finite(x.double().masked_fill(~live.unsqueeze(-1), 0.0))
-    right = over_batch(_triangle, x.mT).mT
+    doubles = [delta.double() for delta in deltas]
+    lengths = [torch.linalg.vector_norm(delta, dim=-1) for delta in doubles]
+    live = torch.stack([length != 0 for length in lengths]).any(0)
+    x = x.masked_fill(~live.unsqueeze(-1), 0.0).double()
+    x_norm = torch.linalg.matrix_norm(x)
+    right = over_batch(_triangle, _finite(x, x_norm).mT).mT
     cores = []
-    for delta in deltas:
-        delta, ok = _finite(delta.double())
-        matrix = over_batch(_triangle, delta.mT) @ right
-        scale = torch.where(x_ok & ok, 1.0, torch.nan)
-        norms = torch.linalg.matrix_norm(x) * torch.linalg.matrix_norm(delta)
+    for delta, length in zip(doubles, lengths, strict=True):
+        norm = torch.linalg.vector_norm(length, dim=-1)
+        matrix = over_batch(_triangle, _finite(delta, norm).mT) @ right
+        scale = torch.where((x_norm * norm).isfinite(), 1.0, torch.nan)
         size = matrix.shape[-1]
         cores.append(
             Core(
                 matrix, None, False, scale, torch.linalg.matrix_norm(matrix) * scale,
-                torch.finfo(torch.float64).eps * norms * scale, f"{precision}: {size}x{size} triangular factors",
+                torch.finfo(torch.float64).eps * x_norm * norm * scale, f"{precision}: {size}x{size} triangular factors",
             )
         )  # fmt: skip
     return cores
@@ -220,10 +225,10 @@ def _operand(values: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     if values.dtype == torch.float16 or not values.numel():  # the square of a float16 fits a float32
         return values, values.new_ones(len(values), dtype=torch.float64)
     values = values.float() if values.dtype == torch.float64 else values
-    largest = torch.linalg.vector_norm(values, torch.inf, dim=(1, 2)).float()
-    exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 0).clamp(-126, 126)
-    ones = torch.ones_like(largest)
-    return values * torch.ldexp(ones, -exponent).to(values.dtype)[:, None, None], torch.ldexp(ones.double(), exponent)
+    norm = torch.linalg.vector_norm(values, dim=(1, 2), dtype=torch.float64)
+    exponent = torch.where(norm.isfinite(), torch.frexp(norm).exponent, 0).clamp(-126, 126)
+    ones = torch.ones_like(norm)
+    return values * torch.ldexp(ones, -exponent).to(values.dtype)[:, None, None], torch.ldexp(ones, exponent)
 
 
 def _gram(values: Tensor) -> Tensor:
@@ -234,7 +239,7 @@ def _trace(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _finite(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices with those that are not finite replaced by zeros, and which ones are finite."""
-    ok = matrices.isfinite().flatten(1).all(-1)
-    return matrices.masked_fill(~ok[:, None, None], 0.0), ok
+def _finite(matrices: Tensor, norms: Tensor) -> Tensor:
+    """The matrices with those whose norm is not finite replaced by zeros."""
+    bad = ~norms.isfinite()
+    return matrices.masked_fill(bad[:, None, None], 0.0) if bad.any() else matrices
