@@ -56,6 +56,25 @@ def test_score_verify_info_index_search_select(scored, tmp_path, capsys):
     assert control.n_tokens.sum() <= selection.n_tokens.sum()
 
 
+def test_export_matches_rows_by_id_and_refuses_another_file(scored, tmp_path, capsys):
+    assert main(["select", str(scored), "--budget", "5", "--out", str(tmp_path / "s")]) == 0
+    selection = tmp_path / "s" / "selection.parquet"
+    export = ["export", str(selection), "--out", str(tmp_path / "out"), "--id-column", "id"]
+    rows = [json.loads(line) for line in POOL.read_text().splitlines()]
+    shuffled = tmp_path / "shuffled.jsonl"
+    shuffled.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    assert main([*export, "--data", str(shuffled)]) == 0
+    written = [json.loads(line) for line in (tmp_path / "out" / "data.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in written] == Selection.load(selection).ids.tolist()
+    by_id = {row["id"]: row["completion"] for row in rows}
+    assert all(row["completion"] == by_id[row["id"]] for row in written)
+    assert main(["run", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "data.jsonl").read_bytes() == (tmp_path / "out" / "data.jsonl").read_bytes()
+    assert "no row of the data set is in the selection" in message(capsys, [*export[:-2], "--data", str(POOL)])
+    shuffled.write_text("".join(json.dumps(row) + "\n" for row in rows[24:]))
+    assert "are not in the data set" in message(capsys, [*export, "--data", str(shuffled)])
+
+
 def test_every_output_directory_can_be_replayed(scored, tmp_path, capsys):
     first = FeatureStore.open(scored).features("effective_rank")
     assert main(["run", str(scored)]) == 0

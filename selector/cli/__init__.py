@@ -14,6 +14,7 @@ import tyro
 
 from selector.cli.command import Command
 from selector.cli.demo import DemoCommand
+from selector.cli.export import ExportCommand
 from selector.cli.index import IndexCommand, SearchCommand
 from selector.cli.inspect import InfoCommand, VerifyCommand
 from selector.cli.merge import MergeCommand
@@ -26,7 +27,7 @@ from selector.errors import SelectorError
 
 COMMANDS: tuple[type[Command], ...] = (
     DemoCommand, ScoreCommand, InfoCommand, VerifyCommand, MergeCommand, IndexCommand, SearchCommand, SelectCommand,
-    ReportCommand, TransferCommand, RunCommand,
+    ExportCommand, ReportCommand, TransferCommand, RunCommand,
 )  # fmt: skip
 
 DESCRIPTION = "Choose post-training data by what each sample would do to the model."
