@@ -58,7 +58,9 @@ class Trial:
         self.tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
         pool = datasets.Dataset.from_json(str(POOL))
         rows = [pool[i % len(pool)] for i in range(samples)]
-        self.data = datasets.Dataset.from_list([{"prompt": r["prompt"][:60], "completion": r["completion"][:90]} for r in rows])
+        self.data = datasets.Dataset.from_list(
+            [{"prompt": r["prompt"][:60], "completion": r["completion"][:90]} for r in rows]
+        )
         torch.manual_seed(0)
         self.model = LlamaForCausalLM(
             LlamaConfig(

@@ -47,10 +47,34 @@ from selector.scorer.processes import process_state
 from selector.types import MEASURES
 
 SHAPES = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
-    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
 }
 VOCABULARY = {"tiny": 4096}
 PROMPT, COMPLETION, MOST = (17, 0.46), (54, 1.28), 1000
@@ -61,7 +85,11 @@ def build_model(shape: str, dtype: torch.dtype, device: torch.device, layers: in
     """A model of random weights, the same on every process."""
     settings = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
     config = Qwen2Config(
-        **settings, vocab_size=VOCABULARY.get(shape, 151_936), max_position_embeddings=65_536, tie_word_embeddings=shape != "7b", dtype=dtype
+        **settings,
+        vocab_size=VOCABULARY.get(shape, 151_936),
+        max_position_embeddings=65_536,
+        tie_word_embeddings=shape != "7b",
+        dtype=dtype,
     )
     torch.manual_seed(0)
     before = torch.get_default_dtype()
@@ -81,7 +109,13 @@ def build_data(count: int, data: str | None) -> datasets.Dataset:
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     rng = np.random.default_rng(0)
     # words that the tokenizer knows as one token each, so that a text of n words has about n tokens
-    words = np.array([word for token in range(300, 2000) if (word := tokenizer.decode([token])).startswith(" ") and word.strip().isalpha()])
+    words = np.array(
+        [
+            word
+            for token in range(300, 2000)
+            if (word := tokenizer.decode([token])).startswith(" ") and word.strip().isalpha()
+        ]
+    )
 
     def texts(median: float, deviation: float) -> list[str]:
         lengths = np.clip(rng.lognormal(np.log(median), deviation, count), 1, MOST).astype(int)
@@ -125,10 +159,14 @@ def part_speed(arguments: argparse.Namespace, out: Path) -> dict:
     return report
 
 
-def train(model: Qwen2ForCausalLM, tokenizer, data: datasets.Dataset, tokens_per_batch: int, device: torch.device) -> dict:
+def train(
+    model: Qwen2ForCausalLM, tokenizer, data: datasets.Dataset, tokens_per_batch: int, device: torch.device
+) -> dict:
     """Time of one epoch of full fine-tuning in the scorer's own batches: little padding, which favors training."""
     rows = recognize(data.column_names, ScoreConfig()).rows(data)
-    samples = list(Encoder(tokenizer, 4096, "skip").encode(rows, [str(i) for i in range(len(data))], [None] * len(data)))
+    samples = list(
+        Encoder(tokenizer, 4096, "skip").encode(rows, [str(i) for i in range(len(data))], [None] * len(data))
+    )
     batches = token_budget_batches([s for s in samples if s.status == "ok"], tokens_per_batch)
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
@@ -136,7 +174,9 @@ def train(model: Qwen2ForCausalLM, tokenizer, data: datasets.Dataset, tokens_per
     def step(batch: list[Sample], update: bool) -> None:
         made = collate(batch, 0, device)
         labels = made.input_ids.masked_fill(~made.loss_mask, -100)
-        model(input_ids=made.input_ids, attention_mask=made.attention_mask, labels=labels, use_cache=False).loss.backward()
+        model(
+            input_ids=made.input_ids, attention_mask=made.attention_mask, labels=labels, use_cache=False
+        ).loss.backward()
         if update:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -161,7 +201,11 @@ def part_invariance(arguments: argparse.Namespace, out: Path) -> dict:
     data = build_data(arguments.rows, arguments.data)
     variants = {"batch 8": {"tokens_per_batch": 1024}, "batch 32": {"tokens_per_batch": 16_384}}
     if state.num_processes == 1:
-        variants = {"batch 1": {"tokens_per_batch": 1}} | variants | {"padding-free": {"padding_free": True}, "checkpointing": {"checkpoint": True}}
+        variants = (
+            {"batch 1": {"tokens_per_batch": 1}}
+            | variants
+            | {"padding-free": {"padding_free": True}, "checkpointing": {"checkpoint": True}}
+        )
     for name, settings in variants.items():
         score_dataset(model, tokenizer, data, out / f"{name}, {state.num_processes} processes", ScoreConfig(**settings))
     if state.num_processes > 1:
@@ -176,7 +220,11 @@ def part_invariance(arguments: argparse.Namespace, out: Path) -> dict:
     if not state.is_main_process:
         return {}
     reference = FeatureStore.open(out / "batch 1, 1 processes")
-    stores = [path for path in sorted(out.iterdir()) if path.name.endswith(f"{state.num_processes} processes") and path != reference.path]
+    stores = [
+        path
+        for path in sorted(out.iterdir())
+        if path.name.endswith(f"{state.num_processes} processes") and path != reference.path
+    ]
     return {path.name: worst_difference(FeatureStore.open(path), reference) for path in stores}
 
 
@@ -243,7 +291,16 @@ def main() -> None:
         if process_state().is_main_process:
             arguments.result.write_text(json.dumps(report))
         return
-    words = ["--shape", arguments.shape, "--samples", str(arguments.samples), "--rows", str(arguments.rows), "--longest", str(arguments.longest)]
+    words = [
+        "--shape",
+        arguments.shape,
+        "--samples",
+        str(arguments.samples),
+        "--rows",
+        str(arguments.rows),
+        "--longest",
+        str(arguments.longest),
+    ]
     words += ["--data", arguments.data] if arguments.data else []
     report: dict = {
         "date": datetime.now(UTC).date().isoformat(), "shape": arguments.shape, "machine": platform.machine(),
@@ -261,7 +318,9 @@ def main() -> None:
         report["speed-up"] = rates[1] / rates[0]
         print(f"speed-up with {arguments.processes} processes: {report['speed-up']:.2f}")
     arguments.results.mkdir(exist_ok=True)
-    (arguments.results / f"scoring-{arguments.shape}-{report['date']}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (arguments.results / f"scoring-{arguments.shape}-{report['date']}.json").write_text(
+        json.dumps(report, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from selector.errors import ConfigError, IntegrationError, SelectorError, did_you_mean, raise_all
-from selector.integrations._rollouts import keeps_rollouts, restore_rollouts, save_rollouts
-from selector.integrations._rows import dataset_ids
-from selector.integrations._tap import SAMPLE_COLUMN, Tap, tap_problem
+from selector.integrations._rollouts import keeps_rollouts, restore_rollouts, save_rollouts  # pyright: ignore[reportMissingImports]
+from selector.integrations._rows import dataset_ids  # pyright: ignore[reportMissingImports]
+from selector.integrations._tap import SAMPLE_COLUMN, Tap, tap_problem  # pyright: ignore[reportMissingImports]
 from selector.sampling.adaptive import AdaptiveSampler
 from selector.sampling.order import Groups
 from selector.sampling.sampler import NO_REPEATS, SelectionSampler

@@ -121,7 +121,9 @@ def main(settings: Settings) -> None:
     texts = documents(settings.corpus)
     held_out = max(len(texts) // 100, 1)
     tokenizer = train_tokenizer(texts[:-held_out] or texts, settings.vocabulary, settings.length)
-    rows, validation = (pack(part, tokenizer, settings.length) for part in (texts[:-held_out] or texts, texts[-held_out:]))
+    rows, validation = (
+        pack(part, tokenizer, settings.length) for part in (texts[:-held_out] or texts, texts[-held_out:])
+    )
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=settings.hidden, num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
         num_key_value_heads=settings.kv_heads, intermediate_size=settings.intermediate, max_position_embeddings=8 * settings.length,

@@ -150,7 +150,9 @@ def collate(samples: Sequence[Sample], pad_token_id: int, device: torch.device |
         input_ids[i, : len(sequence)] = sequence.input_ids
         attention_mask[i, : len(sequence)] = 1
         loss_mask[i, : len(sequence)] = sequence.loss_mask
-    tokens, attended, predicted = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, loss_mask))
+    tokens, attended, predicted = (
+        torch.from_numpy(array).to(device) for array in (input_ids, attention_mask, loss_mask)
+    )
     return Batch(tuple(samples), tokens, attended, predicted, *_side_columns(sequences, device))
 
 
@@ -167,7 +169,9 @@ def join(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Batch
     ends = np.cumsum([len(s) for s in sequences]).tolist()
     owners = [i for i, sample in enumerate(samples) for _ in sample.sequences]
     segments = tuple(zip(owners, [0, *ends[:-1]], ends, strict=True))
-    return Batch(tuple(samples), input_ids, torch.ones_like(input_ids), loss_mask, *_side_columns(sequences, device), segments)
+    return Batch(
+        tuple(samples), input_ids, torch.ones_like(input_ids), loss_mask, *_side_columns(sequences, device), segments
+    )
 
 
 def _sequences(samples: Sequence[Sample]) -> list[TokenSequence]:

@@ -109,7 +109,11 @@ class ScoreConfig:
         if self.limit is not None and self.limit < 1:
             problems.append(ConfigError("limit is too small", got=self.limit, allowed="1 or more, or none"))
         if self.sketch_dimension < 0 or math.isqrt(self.sketch_dimension) ** 2 != self.sketch_dimension:
-            problems.append(ConfigError("sketch_dimension is no square", got=self.sketch_dimension, allowed="0, 1, 4, 9, 16, 64, 256"))
+            problems.append(
+                ConfigError(
+                    "sketch_dimension is no square", got=self.sketch_dimension, allowed="0, 1, 4, 9, 16, 64, 256"
+                )
+            )
         if not 0 <= self.max_failed <= 1:
             problems.append(ConfigError("max_failed is no share", got=self.max_failed, allowed="0 to 1"))
         if not self.beta > 0:
@@ -119,9 +123,11 @@ class ScoreConfig:
             if role not in ROLES or not column:
                 problems.append(
                     ConfigError(
-                        "columns cannot be read", got=entry, allowed="role=column with role one of " + ", ".join(ROLES),
+                        "columns cannot be read",
+                        got=entry,
+                        allowed="role=column with role one of " + ", ".join(ROLES),
                         fix=did_you_mean(role, ROLES) or None,
-                    )  # fmt: skip
+                    )
                 )
         raise_all(problems)
 
@@ -161,9 +167,16 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError("the settings file cannot be read", got=error, fix="check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no YAML that can be loaded safely", got=error, allowed="plain values", fix="remove tags that begin with !") from error
+        raise ConfigError(
+            f"{path} is no YAML that can be loaded safely",
+            got=error,
+            allowed="plain values",
+            fix="remove tags that begin with !",
+        ) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no settings", got=type(values).__name__, allowed="a mapping of names to values")
+        raise ConfigError(
+            f"{path} holds no settings", got=type(values).__name__, allowed="a mapping of names to values"
+        )
     return values
 
 
@@ -188,7 +201,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     for name, value in values.items():
         if name not in known:
             hint = did_you_mean(str(name), known)
-            problems.append(ConfigError(f"{where}: unknown setting", got=name, allowed=", ".join(sorted(known)), fix=hint or None))
+            problems.append(
+                ConfigError(f"{where}: unknown setting", got=name, allowed=", ".join(sorted(known)), fix=hint or None)
+            )
         elif dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
             arguments[name] = from_mapping(typing.cast(type, hints[name]), value, f"{where}: {name}")
         else:

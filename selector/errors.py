@@ -23,7 +23,9 @@ class SelectorError(ValueError):
     def __init__(self, problem: str, *, got: object = None, allowed: object = None, fix: str | None = None) -> None:
         self.problem, self.got, self.allowed, self.fix = problem, got, allowed, fix
         parts = (("got", got), ("allowed", allowed), ("fix", fix))
-        super().__init__("\n".join([problem, *(f"  {name + ':':<9}{value}" for name, value in parts if value is not None)]))
+        super().__init__(
+            "\n".join([problem, *(f"  {name + ':':<9}{value}" for name, value in parts if value is not None)])
+        )
 
 
 class ConfigError(SelectorError):

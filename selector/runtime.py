@@ -5,7 +5,18 @@ from __future__ import annotations
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
 
-LIBRARIES = ("gradient-selector", "torch", "transformers", "accelerate", "datasets", "numpy", "pyarrow", "faiss-cpu", "faiss-gpu", "trl")
+LIBRARIES = (
+    "gradient-selector",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "pyarrow",
+    "faiss-cpu",
+    "faiss-gpu",
+    "trl",
+)
 
 
 def versions() -> dict[str, str]:

@@ -47,13 +47,21 @@ class Selection:
     """Store, scores, policy, budget, seed and versions that made the selection."""
 
     def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in ("ids", "rows", "weights", "scores", "n_tokens", "reasons")}
+        lengths = {
+            name: len(getattr(self, name)) for name in ("ids", "rows", "weights", "scores", "n_tokens", "reasons")
+        }
         if len(set(lengths.values())) > 1:
             raise SelectionError("the columns of a selection differ in length", got=lengths)
         if len(set(self.ids.tolist())) < len(self.ids):
-            raise SelectionError("a selection names a sample twice", got=f"{len(self.ids)} picks", allowed="each id once; use weights to repeat a sample")
+            raise SelectionError(
+                "a selection names a sample twice",
+                got=f"{len(self.ids)} picks",
+                allowed="each id once; use weights to repeat a sample",
+            )
         if len(self.weights) and not (np.isfinite(self.weights).all() and (self.weights > 0).all()):
-            raise SelectionError("weights must be finite and positive", got=f"smallest {self.weights.min()}", allowed="> 0")
+            raise SelectionError(
+                "weights must be finite and positive", got=f"smallest {self.weights.min()}", allowed="> 0"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -96,7 +104,9 @@ class Selection:
             metadata = json.loads((table.schema.metadata or {})[METADATA_KEY])
             found = (metadata["format"], metadata["format_version"])
         except (OSError, pa.ArrowInvalid, KeyError, json.JSONDecodeError) as error:
-            raise SelectionError(f"{path} is no selection", got=repr(error), fix="make one with `selector select`") from error
+            raise SelectionError(
+                f"{path} is no selection", got=repr(error), fix="make one with `selector select`"
+            ) from error
         if found != (FORMAT, FORMAT_VERSION):
             raise SelectionError(f"{path} has another format", got=found, allowed=(FORMAT, FORMAT_VERSION))
         return cls(

@@ -1,9 +1,9 @@
 """The values that pass between rooms, and the legend of every shape.
 
-    N  samples      T  tokens of a sample (padded to the longest of its batch)
-    I  inputs of a linear layer      O  outputs of a linear layer
-    L  layers       P  projections of a layer       F  features (L x P layer specs)
-    R  length of a spectrum, min(T, I, O)           K  picked samples       D  dimensions of an index vector
+N  samples      T  tokens of a sample (padded to the longest of its batch)
+I  inputs of a linear layer      O  outputs of a linear layer
+L  layers       P  projections of a layer       F  features (L x P layer specs)
+R  length of a spectrum, min(T, I, O)           K  picked samples       D  dimensions of an index vector
 """
 
 from __future__ import annotations

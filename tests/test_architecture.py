@@ -158,7 +158,7 @@ def test_every_public_name_can_be_loaded():
     for name in selector.__all__:
         assert getattr(selector, name).__name__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        selector.nothing
+        _ = selector.nothing
 
 
 def test_packages_are_listed():
@@ -179,12 +179,22 @@ def test_wheel_installs_elsewhere_and_imports(tmp_path):
     (wheel,) = tmp_path.glob("gradient_selector-*.whl")
     assert wheel.stat().st_size < 12e6
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("selector/py.typed", "selector/assets/pool.jsonl", "selector/assets/tiny/model.safetensors", "selector/integrations/__init__.py"):
+    for needed in (
+        "selector/py.typed",
+        "selector/assets/pool.jsonl",
+        "selector/assets/tiny/model.safetensors",
+        "selector/integrations/__init__.py",
+    ):
         assert needed in names
     assert not any(name.startswith(("tests/", "benchmarks/", "recipes/", "integrations/")) for name in names)
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     code = "import selector, selector.integrations, selector.assets; print(selector.__file__); assert selector.assets.TINY_MODEL.is_dir()"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip().startswith(str(tmp_path))

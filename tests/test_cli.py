@@ -26,7 +26,25 @@ SMALL = ["--layers", "0", "-1", "--projections", "q", "o", "--precision", "high"
 def scored(tmp_path_factory) -> Path:
     """A store of 24 embedded rows, made by the command itself."""
     out = tmp_path_factory.mktemp("cli") / "features"
-    assert main(["score", "--model", str(TINY_MODEL), "--data", str(POOL), "--out", str(out), "--id-column", "id", "--limit", "24", *SMALL]) == 0
+    assert (
+        main(
+            [
+                "score",
+                "--model",
+                str(TINY_MODEL),
+                "--data",
+                str(POOL),
+                "--out",
+                str(out),
+                "--id-column",
+                "id",
+                "--limit",
+                "24",
+                *SMALL,
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -81,7 +99,12 @@ def test_every_output_directory_can_be_replayed(scored, tmp_path, capsys):
     np.testing.assert_array_equal(FeatureStore.open(scored).features("effective_rank"), first)
     assert main(["run", str(scored), "--out", str(tmp_path / "again")]) == 0
     np.testing.assert_allclose(FeatureStore.open(tmp_path / "again").features("effective_rank"), first, rtol=1e-5)
-    assert main(["select", str(scored), "--policy", "random", "--budget", "5", "--seed", "3", "--out", str(tmp_path / "s")]) == 0
+    assert (
+        main(
+            ["select", str(scored), "--policy", "random", "--budget", "5", "--seed", "3", "--out", str(tmp_path / "s")]
+        )
+        == 0
+    )
     assert main(["run", str(tmp_path / "s"), "--out", str(tmp_path / "t")]) == 0
     ids = [Selection.load(tmp_path / name / "selection.parquet").ids.tolist() for name in "st"]
     assert ids[0] == ids[1]
@@ -125,7 +148,9 @@ def test_mistakes_are_explained_and_leave_nothing_behind(tmp_path, capsys, argum
 
 def test_checkpoint_without_tokenizer_is_explained(small_llama, tmp_path, capsys):
     small_llama.save_pretrained(tmp_path / "model")
-    shown = message(capsys, ["score", "--model", str(tmp_path / "model"), "--data", str(POOL), "--out", str(tmp_path / "out")])
+    shown = message(
+        capsys, ["score", "--model", str(tmp_path / "model"), "--data", str(POOL), "--out", str(tmp_path / "out")]
+    )
     assert "the tokenizer of" in shown
     assert not (tmp_path / "out").exists()
 
@@ -137,7 +162,17 @@ def test_model_of_nans_ends_with_exit_code_3(small_llama, tokenizer, tmp_path, c
         small_llama.model.norm.weight.fill_(float("nan"))
     small_llama.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    arguments = ["score", "--model", str(tmp_path / "model"), "--data", str(POOL), "--out", str(tmp_path / "out"), "--limit", "4"]
+    arguments = [
+        "score",
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        str(POOL),
+        "--out",
+        str(tmp_path / "out"),
+        "--limit",
+        "4",
+    ]
     shown = message(capsys, arguments, code=3)
     assert "4 of 4 samples have no score" in shown
     assert "4 nonfinite" in shown
@@ -189,9 +224,38 @@ def test_killed_run_is_finished_by_the_same_command(tmp_path):
 
 def test_two_ranks_give_the_features_of_one(scored, tmp_path):
     out = tmp_path / "features"
-    arguments = ["-m", "selector", "score", "--model", str(TINY_MODEL), "--data", str(POOL), "--out", str(out), "--id-column", "id", "--limit", "24", *SMALL]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    done = subprocess.run([*launcher, *arguments], env=ONE_THREAD | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
+    arguments = [
+        "-m",
+        "selector",
+        "score",
+        "--model",
+        str(TINY_MODEL),
+        "--data",
+        str(POOL),
+        "--out",
+        str(out),
+        "--id-column",
+        "id",
+        "--limit",
+        "24",
+        *SMALL,
+    ]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+    ]
+    done = subprocess.run(
+        [*launcher, *arguments], env=ONE_THREAD | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     one, two = FeatureStore.open(scored), FeatureStore.open(out)
     assert {path.name[:5] for path in two.shard_paths()} == {"00000", "00001"}

@@ -47,7 +47,9 @@ def encode(tokenizer, rows, max_length=512, truncation="error", ids=None):
 def test_tokens_and_labels_equal_those_of_the_sft_trainer(tokenizer, small_llama, tmp_path, name):
     rows = [ROWS[name]] * 2
     args = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, max_length=512, bf16=False)
-    trainer = SFTTrainer(model=small_llama, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = SFTTrainer(
+        model=small_llama, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
     prepared = trainer.train_dataset[0]
     sequence = encode(tokenizer, rows)[0].sequences[0]
     assert sequence.input_ids.tolist() == prepared["input_ids"]
@@ -71,13 +73,18 @@ def test_from_value_conversations_are_the_same_as_role_content(tokenizer):
 
 
 def test_template_that_rewrites_earlier_turns_is_refused_by_status(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
     (sample,) = encode(tokenizer, [{"messages": CHAT}])
     assert sample.status.startswith("error: the chat template renders")
 
 
 def test_instruction_and_input_are_joined_by_lines(tokenizer):
-    rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Hello"}]
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Hi", "input": "", "output": "Hello"},
+    ]
     texts = [tokenizer.decode(sample.sequences[0].input_ids) for sample in encode(tokenizer, rows)]
     assert texts == ["Add.\n1 2\n3<|endoftext|>", "Hi\nHello<|endoftext|>"]
 
@@ -102,7 +109,9 @@ def test_truncation_policies(tokenizer, truncation, status, length, loss_tokens)
 
 
 def test_prompt_that_alone_is_too_long_is_never_cut_into_the_completion(tokenizer):
-    (sample,) = encode(tokenizer, [{"prompt": "Hi", "completion": "answer " * 40}], max_length=20, truncation="truncate-prompt")
+    (sample,) = encode(
+        tokenizer, [{"prompt": "Hi", "completion": "answer " * 40}], max_length=20, truncation="truncate-prompt"
+    )
     assert sample.status == "too_long"
 
 

@@ -98,7 +98,12 @@ def folder(tmp_path_factory, tokenizer) -> Path:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     done = subprocess.run(
-        [*launcher, str(path / "worker.py"), str(path), str(ROWS)], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*launcher, str(path / "worker.py"), str(path), str(ROWS)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return path
@@ -120,7 +125,9 @@ def assert_equal(found: FeatureStore, expected: FeatureStore) -> None:
     assert found.manifest.fingerprint == expected.manifest.fingerprint
     for measure in MEASURES:
         np.testing.assert_allclose(found.features(measure), expected.features(measure), rtol=1e-5)
-    np.testing.assert_allclose(found.sketches(), expected.sketches(), rtol=2e-3, atol=1e-3 * np.abs(expected.sketches()).max())
+    np.testing.assert_allclose(
+        found.sketches(), expected.sketches(), rtol=2e-3, atol=1e-3 * np.abs(expected.sketches()).max()
+    )
 
 
 def test_two_processes_give_the_store_of_one(folder, alone):
@@ -157,6 +164,8 @@ def test_failure_of_one_process_is_told_by_all_and_loses_no_finished_shard(folde
     assert 0 < done < ROWS
     # begun on two processes, finished on one
     model = LlamaForCausalLM.from_pretrained(folder / "model")
-    finished = score_dataset(model, tokenizer, pool.select(range(ROWS)), folder / "failing", ScoreConfig(sketch_dimension=4))
+    finished = score_dataset(
+        model, tokenizer, pool.select(range(ROWS)), folder / "failing", ScoreConfig(sketch_dimension=4)
+    )
     assert_equal(finished, alone)
     assert finished.manifest.cost[-1]["samples"] == ROWS - done

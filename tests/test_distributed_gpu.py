@@ -25,9 +25,31 @@ has_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None
 def launch(out: Path, processes: int, *options: str) -> FeatureStore:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     several = ["--multi_gpu"] if processes > 1 and not options else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        "1",
+    ]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", *several, *options]
-    command += ["-m", "selector", "score", "--model", str(TINY_MODEL), "--data", str(POOL), "--dtype", "float32", "--limit", "41", "--out", str(out)]
+    command += [
+        "-m",
+        "selector",
+        "score",
+        "--model",
+        str(TINY_MODEL),
+        "--data",
+        str(POOL),
+        "--dtype",
+        "float32",
+        "--limit",
+        "41",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return FeatureStore.open(out)
@@ -40,7 +62,9 @@ def alone(tmp_path_factory) -> FeatureStore:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("options", [(), FSDP, pytest.param(ZERO, marks=has_deepspeed)], ids=["data-parallel", "fsdp2", "zero-3"])
+@pytest.mark.parametrize(
+    "options", [(), FSDP, pytest.param(ZERO, marks=has_deepspeed)], ids=["data-parallel", "fsdp2", "zero-3"]
+)
 def test_every_way_of_launching_gives_the_same_store(alone, tmp_path, options):
     store = launch(tmp_path / "store", 2, *options)
     assert store.verify() == []

@@ -228,7 +228,9 @@ def test_reading_a_damaged_shard_says_how_to_repair_it(store, foreign):
         FeatureStore.open(store).to_arrow()
 
 
-@pytest.mark.parametrize("left", [(), ("shards",), ("shards", "config.yaml"), ("shards", ".manifest.json.tmp-7")], ids=" ".join)
+@pytest.mark.parametrize(
+    "left", [(), ("shards",), ("shards", "config.yaml"), ("shards", ".manifest.json.tmp-7")], ids=" ".join
+)
 def test_run_killed_before_its_first_manifest_can_be_repeated(model, tmp_path, left):
     out = tmp_path / "store"
     out.mkdir()

@@ -15,9 +15,21 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 def test_base_model_can_be_trained_from_a_text_file(tmp_path, pool):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\x1e".join(row["prompt"] + row["completion"] for row in pool) * 3, encoding="utf-8")
-    shape = "--vocabulary 400 --hidden 16 --layers 1 --heads 2 --kv-heads 1 --intermediate 32 --length 32 --batch 4".split()  # noqa: SIM905
+    shape = (
+        "--vocabulary 400 --hidden 16 --layers 1 --heads 2 --kv-heads 1 --intermediate 32 --length 32 --batch 4".split()
+    )  # noqa: SIM905
     out = tmp_path / "model"
-    command = [sys.executable, RECIPES / "train_base_model.py", "--corpus", corpus, "--out", out, "--seconds", "3", *shape]
+    command = [
+        sys.executable,
+        RECIPES / "train_base_model.py",
+        "--corpus",
+        corpus,
+        "--out",
+        out,
+        "--seconds",
+        "3",
+        *shape,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     record = json.loads((out / "training.json").read_text())
     assert record["steps"] > 0
@@ -25,4 +37,7 @@ def test_base_model_can_be_trained_from_a_text_file(tmp_path, pool):
     model, tokenizer = load_model(str(out))
     assert model.config.hidden_size == 16
     assert tokenizer.decode(tokenizer("naïve 1/2 ½")["input_ids"]) == "naïve 1/2 ½"
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<|im_start|>user\nhi<|im_end|>\n"
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+        == "<|im_start|>user\nhi<|im_end|>\n"
+    )

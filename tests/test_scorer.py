@@ -103,7 +103,10 @@ def test_batch_size_invariance(small_llama, samples):
 
 
 def test_batch_mates_invariance(small_llama, samples):
-    assert worst_difference(features_of(small_llama, samples[:2]), features_of(small_llama, [samples[0], samples[5]])) < TOLERANCE
+    assert (
+        worst_difference(features_of(small_llama, samples[:2]), features_of(small_llama, [samples[0], samples[5]]))
+        < TOLERANCE
+    )
 
 
 def test_padding_invariance(small_llama, samples):
@@ -151,7 +154,11 @@ def test_model_is_left_as_it_was(small_llama, samples):
 
 def test_sample_whose_loss_is_not_finite_gets_a_status_and_spares_its_mates(small_llama, samples):
     """One token's embedding is NaN: only the sample that holds it fails."""
-    rare = next(t for t in samples[0].sequences[0].input_ids.tolist() if all(t not in s.sequences[0].input_ids for s in samples[1:]))
+    rare = next(
+        t
+        for t in samples[0].sequences[0].input_ids.tolist()
+        if all(t not in s.sequences[0].input_ids for s in samples[1:])
+    )
     sound = features_of(small_llama, samples[1:3])
     with torch.no_grad():
         small_llama.model.embed_tokens.weight[rare] = float("nan")
@@ -217,7 +224,9 @@ def test_interrupted_run_is_finished_by_the_same_call(small_llama, tokenizer, po
     assert 0 < done < 12
     monkeypatch.setattr(FeatureExtractor, "__call__", original)
     measured = []
-    monkeypatch.setattr(FeatureExtractor, "__call__", lambda self, batch: measured.extend(batch.samples) or original(self, batch))
+    monkeypatch.setattr(
+        FeatureExtractor, "__call__", lambda self, batch: measured.extend(batch.samples) or original(self, batch)
+    )
     finished = score_dataset(small_llama, tokenizer, data, tmp_path / "broken", config)
     assert len(measured[4:]) == 12 - done  # after those of the self-test
     assert finished.verify() == []
@@ -235,7 +244,11 @@ def test_larger_limit_adds_rows_to_a_store(small_llama, tokenizer, pool, tmp_pat
 
 @pytest.mark.parametrize(
     ("change", "field"),
-    [(dict(precision="fast"), "precision"), (dict(max_length=400), "max_length"), (dict(projections=("q",)), "projections")],
+    [
+        ({"precision": "fast"}, "precision"),
+        ({"max_length": 400}, "max_length"),
+        ({"projections": ("q",)}, "projections"),
+    ],
 )
 def test_changed_identity_is_refused_with_both_values(small_llama, tokenizer, pool, tmp_path, change, field):
     data = pool.select(range(2))
@@ -269,7 +282,14 @@ def test_all_problems_are_reported_at_once_and_nothing_is_written(small_llama, t
     with pytest.raises(SelectorError) as caught:
         score_dataset(small_llama, tokenizer, data, tmp_path / "s", ScoreConfig(id_column="id", layers=(7,)))
     message = str(caught.value)
-    for part in ("4 problems", "no such layer", "repeats 1 ids", "longer than the maximum", "cannot be scored", "1 no_loss_tokens"):
+    for part in (
+        "4 problems",
+        "no such layer",
+        "repeats 1 ids",
+        "longer than the maximum",
+        "cannot be scored",
+        "1 no_loss_tokens",
+    ):
         assert part in message
     assert not (tmp_path / "s").exists()
 
@@ -298,7 +318,9 @@ def test_missing_columns_are_named(small_llama, tokenizer, tmp_path):
         score_dataset(small_llama, tokenizer, data, tmp_path / "s")
     assert "--columns prompt=question completion=answer" in str(caught.value)
     with pytest.raises(DataError, match="no column 'questoin'") as caught:
-        score_dataset(small_llama, tokenizer, data, tmp_path / "s", ScoreConfig(columns=("prompt=questoin", "completion=answer")))
+        score_dataset(
+            small_llama, tokenizer, data, tmp_path / "s", ScoreConfig(columns=("prompt=questoin", "completion=answer"))
+        )
     assert "did you mean 'question'?" in str(caught.value)
 
 

@@ -122,7 +122,9 @@ def test_shares_of_ranks_are_level_and_hold_every_sample_once():
     assert max(tokens) - min(tokens) <= 89
 
 
-def test_out_of_memory_halves_the_budget_and_the_store_remembers_it(small_llama, tokenizer, pool, tmp_path, monkeypatch):
+def test_out_of_memory_halves_the_budget_and_the_store_remembers_it(
+    small_llama, tokenizer, pool, tmp_path, monkeypatch
+):
     original = FeatureExtractor.__call__
     tried = []
 
@@ -159,14 +161,18 @@ def test_sample_that_does_not_fit_alone_gets_a_status(small_llama, tokenizer, po
     store = score_dataset(small_llama, tokenizer, data, tmp_path / "s")
     table = store.to_arrow(["status", "n_tokens", "effective_rank"]).to_pylist()
     assert {row["status"] for row in table} == {"ok", "error: out of memory"}
-    assert all((row["status"] == "ok") == (row["n_tokens"] <= 150) == (row["effective_rank"] is not None) for row in table)
+    assert all(
+        (row["status"] == "ok") == (row["n_tokens"] <= 150) == (row["effective_rank"] is not None) for row in table
+    )
 
 
 def features_of(model, batch: Batch, **options) -> dict[str, np.ndarray]:
     extractor = FeatureExtractor(model, find_targets(model), "high", **options)
     with extractor.attached():
         rows = extractor(batch)
-    return {name: np.stack([row[name] for row in rows]) for name in MEASURES} | {"loss": np.array([row["loss"] for row in rows])}
+    return {name: np.stack([row[name] for row in rows]) for name in MEASURES} | {
+        "loss": np.array([row["loss"] for row in rows])
+    }
 
 
 @pytest.fixture
@@ -191,7 +197,10 @@ def test_joined_sequences_of_one_sample_add_up(small_llama, samples):
 
 
 def test_checkpointing_changes_no_number(small_llama, samples):
-    kept, recomputed = features_of(small_llama, collate(samples, 3)), features_of(small_llama, collate(samples, 3), checkpoint=True)
+    kept, recomputed = (
+        features_of(small_llama, collate(samples, 3)),
+        features_of(small_llama, collate(samples, 3), checkpoint=True),
+    )
     for name, expected in kept.items():
         np.testing.assert_allclose(recomputed[name], expected, rtol=1e-5)
 
@@ -199,7 +208,9 @@ def test_checkpointing_changes_no_number(small_llama, samples):
 def test_padding_free_run_equals_a_padded_one(small_llama, tokenizer, pool, tmp_path):
     data = pool.select(range(8))
     padded = score_dataset(small_llama, tokenizer, data, tmp_path / "padded")
-    joined = score_dataset(small_llama, tokenizer, data, tmp_path / "joined", ScoreConfig(padding_free=True, checkpoint=True))
+    joined = score_dataset(
+        small_llama, tokenizer, data, tmp_path / "joined", ScoreConfig(padding_free=True, checkpoint=True)
+    )
     assert joined.manifest.fingerprint == padded.manifest.fingerprint
     for name in MEASURES:
         np.testing.assert_allclose(joined.features(name), padded.features(name), rtol=1e-5)
@@ -254,7 +265,9 @@ def test_patched_forward_passes_are_refused(small_llama, tokenizer, pool, tmp_pa
         return hidden_states
 
     forward.__module__ = f"{library}.transformers.rms_norm"
-    small_llama.model.layers[1].input_layernorm.forward = types.MethodType(forward, small_llama.model.layers[1].input_layernorm)
+    small_llama.model.layers[1].input_layernorm.forward = types.MethodType(
+        forward, small_llama.model.layers[1].input_layernorm
+    )
     with pytest.raises(ModelError, match="has replaced forward passes") as caught:
         score_dataset(small_llama, tokenizer, pool.select(range(2)), tmp_path / "s")
     assert "model.layers.1.input_layernorm" in str(caught.value)
@@ -312,14 +325,18 @@ def test_stored_sketches_are_those_of_the_gradients(small_llama, tokenizer, pool
     store = score_dataset(small_llama, tokenizer, data, tmp_path / "s", ScoreConfig(sketch_dimension=16))
     assert store.sketches().shape == (3, 14, 16)
     config = SketchConfig(dimension=16)
-    samples = Encoder(tokenizer, 512, "error").encode([{"prompt": r["prompt"], "completion": r["completion"]} for r in data], store.ids.tolist(), [None] * 3)
+    samples = Encoder(tokenizer, 512, "error").encode(
+        [{"prompt": r["prompt"], "completion": r["completion"]} for r in data], store.ids.tolist(), [None] * 3
+    )
     targets = find_targets(small_llama)
     for found, sample in zip(store.sketches(), samples, strict=True):
         gradients = autograd_gradients(small_llama, sample, [target.spec.name for target in targets])
         for i, target in enumerate(targets):
             # a gradient G is (G as delta) and the identity as inputs
             gradient = gradients[target.spec.name].float()
-            expected = sketch(torch.eye(gradient.shape[1])[None], gradient.mT[None].contiguous(), target.spec.key, config)[0]
+            expected = sketch(
+                torch.eye(gradient.shape[1])[None], gradient.mT[None].contiguous(), target.spec.key, config
+            )[0]
             np.testing.assert_allclose(found[i], expected.numpy(), rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
 
 
@@ -334,14 +351,25 @@ def test_store_takes_little_room_for_a_model_of_28_layers(tmp_path):
     from selector.store.schema import Manifest
     from selector.store.writer import StoreWriter, create
 
-    layers = tuple(LayerSpec(name=f"{i}", layer=i // 7, projection="qkvogud"[i % 7], in_features=8, out_features=8) for i in range(196))
+    layers = tuple(
+        LayerSpec(name=f"{i}", layer=i // 7, projection="qkvogud"[i % 7], in_features=8, out_features=8)
+        for i in range(196)
+    )
     manifest = Manifest(identity={}, layers=layers, expected=512)
     create(tmp_path / "s", manifest)
     writer = StoreWriter(tmp_path / "s", manifest)
     rng = np.random.default_rng(0)
     for row in range(512):
         features = {name: rng.lognormal(size=196).astype(np.float32) for name in MEASURES}
-        head = {"sample_id": f"{row:016x}-0", "row": row, "n_tokens": row, "n_loss_tokens": row, "truncated": False, "status": "ok", "loss": 1.5}
+        head = {
+            "sample_id": f"{row:016x}-0",
+            "row": row,
+            "n_tokens": row,
+            "n_loss_tokens": row,
+            "truncated": False,
+            "status": "ok",
+            "loss": 1.5,
+        }
         writer.add(head | features)
     (path,) = (tmp_path / "s" / "shards").iterdir()
     assert path.stat().st_size / 512 <= 3500
@@ -354,7 +382,12 @@ def test_store_agrees_with_itself_and_less_with_another_model(small_llama, token
     data = pool.select(range(30))
     first = score_dataset(small_llama, tokenizer, data, tmp_path / "a")
     for found in transfer(first, first):
-        assert (found.samples, found.raw, found.controlled, found.top_overlap) == (30, pytest.approx(1), pytest.approx(1), 1.0)
+        assert (found.samples, found.raw, found.controlled, found.top_overlap) == (
+            30,
+            pytest.approx(1),
+            pytest.approx(1),
+            1.0,
+        )
         assert list(found.by_projection.values()) == pytest.approx([1.0] * 7)
     with torch.no_grad():
         for parameter in small_llama.parameters():
@@ -369,7 +402,9 @@ def test_store_agrees_with_itself_and_less_with_another_model(small_llama, token
 
 def test_layers_are_matched_by_relative_depth():
     def table(count):
-        return tuple(LayerSpec(name=str(i), layer=i, projection="q", in_features=1, out_features=1) for i in range(count))
+        return tuple(
+            LayerSpec(name=str(i), layer=i, projection="q", in_features=1, out_features=1) for i in range(count)
+        )
 
     assert matched_layers(table(3), table(5)) == {"q": [(0, 0), (1, 2), (2, 4)]}
     assert matched_layers(table(5), table(3)) == {"q": [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)]}

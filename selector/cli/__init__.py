@@ -46,7 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("selector").setLevel(logging.INFO)
     choices = tuple(Annotated[command, tyro.conf.subcommand(command.name)] for command in COMMANDS)
-    command = tyro.cli(Union[choices], prog="selector", description=DESCRIPTION, args=words or ["--help"], config=(tyro.conf.FlagCreatePairsOff,))  # noqa: UP007
+    command = tyro.cli(  # pyright: ignore[reportCallIssue]
+        Union[choices],  # pyright: ignore[reportArgumentType]
+        prog="selector",
+        description=DESCRIPTION,
+        args=words or ["--help"],
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )  # noqa: UP007
     try:
         return command.run()
     except SelectorError as error:

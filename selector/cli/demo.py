@@ -48,7 +48,11 @@ class DemoCommand(Command):
     def run(self) -> int:
         missing = [extra for module, extra in NEEDED.items() if find_spec(module) is None]
         if missing:
-            raise ConfigError("the demo needs more packages", got="without " + ", ".join(missing), fix=f"pip install 'gradient-selector[{','.join(missing)}]'")
+            raise ConfigError(
+                "the demo needs more packages",
+                got="without " + ", ".join(missing),
+                fix=f"pip install 'gradient-selector[{','.join(missing)}]'",
+            )
         import datasets
         from transformers.utils import logging
 
@@ -70,7 +74,9 @@ class DemoCommand(Command):
         out.rule(f"1. score {len(pool)} rows: GSM8K and Dolly, {model.num_parameters() / 1e6:.1f} M parameters")
         store = score_dataset(model, tokenizer, pool, self.out / "features", ScoreConfig(id_column="id"))
         cost = store.manifest.cost[-1]
-        out.print(f"{len(store.layers)} gradient spectra per row, {cost['seconds']:.0f} s, {cost['samples'] / cost['seconds']:.1f} samples/s")
+        out.print(
+            f"{len(store.layers)} gradient spectra per row, {cost['seconds']:.0f} s, {cost['samples'] / cost['seconds']:.1f} samples/s"
+        )
 
         out.rule("2. index the spectra")
         scores = score(store, "effective_rank", control="length")
@@ -87,7 +93,10 @@ class DemoCommand(Command):
         explain(out, scores, selection)
         best = selection.ids[0]
         (nearest, similarities), *_ = index.search_ids([best], k=3)
-        out.print(f"best: {best}; its spectra are most like those of " + ", ".join(f"{i} ({s:.2f})" for i, s in zip(nearest, similarities, strict=True)))
+        out.print(
+            f"best: {best}; its spectra are most like those of "
+            + ", ".join(f"{i} ({s:.2f})" for i, s in zip(nearest, similarities, strict=True))
+        )
 
         out.rule("4. train on each subset with TRL")
         table = Table("trained on", "samples", "tokens", "held-out loss (nats/token)", "training s", "samples/s")
@@ -102,18 +111,22 @@ class DemoCommand(Command):
             )  # fmt: skip
         out.print(table)
         lower = min(losses, key=losses.__getitem__)
-        out.print(f"{lower} has the lower held-out loss, by {abs(losses['selected'] - losses['random']):.4f}: one seed of a tiny model, no evidence for either")
-        out.print(f"everything lies in {self.out}/: features/ index/ scores.parquet selection.parquet matched_random.parquet")
+        out.print(
+            f"{lower} has the lower held-out loss, by {abs(losses['selected'] - losses['random']):.4f}: one seed of a tiny model, no evidence for either"
+        )
+        out.print(
+            f"everything lies in {self.out}/: features/ index/ scores.parquet selection.parquet matched_random.parquet"
+        )
         out.print(f"look closer: selector info {self.out}/features, selector search {self.out}/index --ids {best}")
         out.print(f"{time.perf_counter() - started:.0f} s in all")
         return 0
 
     def _train(self, pool: datasets.Dataset, held_out: datasets.Dataset, selection: Selection | None) -> dict[str, Any]:
         """Held-out loss of the embedded model after training on a selection, or as it is."""
-        from trl import SFTConfig, SFTTrainer
+        from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
         from selector.assets import TINY_MODEL
-        from selector.integrations.trl import attach
+        from selector.integrations.trl import attach  # pyright: ignore[reportMissingImports]
         from selector.scorer import load_model
 
         model, tokenizer = load_model(str(TINY_MODEL), "float32")
@@ -122,7 +135,9 @@ class DemoCommand(Command):
             per_device_train_batch_size=8, per_device_eval_batch_size=16, num_train_epochs=self.epochs, learning_rate=self.learning_rate,
             use_cpu=True, bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False,
         )  # fmt: skip
-        trainer = SFTTrainer(model=model, args=args, train_dataset=pool, eval_dataset=held_out, processing_class=tokenizer)
+        trainer = SFTTrainer(
+            model=model, args=args, train_dataset=pool, eval_dataset=held_out, processing_class=tokenizer
+        )
         metrics: dict[str, Any] = {}
         if selection is not None:
             attach(trainer, selection, id_column="id")

@@ -36,7 +36,9 @@ class ExportCommand(Command):
     """The data set that was scored."""
     out: Path
     """Directory of the files."""
-    to: Literal["jsonl", "parquet", "datasets", "index", "trl", "llama-factory", "axolotl", "ms-swift", "verl"] = "jsonl"
+    to: Literal["jsonl", "parquet", "datasets", "index", "trl", "llama-factory", "axolotl", "ms-swift", "verl"] = (
+        "jsonl"
+    )
     """What to write: all columns, positions and ids alone (index), or a framework's rows and settings."""
     split: str = "train"
     """Which split, where there are several."""

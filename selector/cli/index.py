@@ -45,7 +45,13 @@ class IndexCommand(Command):
 
         store = FeatureStore.open(self.store)
         index = GradientIndex.build(
-            store, scores=score(store), metric=self.metric, kind=self.kind, backend=self.backend, device=self.device, seed=self.seed
+            store,
+            scores=score(store),
+            metric=self.metric,
+            kind=self.kind,
+            backend=self.backend,
+            device=self.device,
+            seed=self.seed,
         )
         index.save(self.out)
         save_yaml(self.out / CONFIG, self.settings(), f"replay with: selector run {self.out}")
@@ -90,11 +96,19 @@ class SearchCommand(Command):
             metadata = index.metadata(ids)
             texts = [preview(rows[row]) for row in metadata["row"].to_pylist()] if rows is not None else None
             shown = metadata.drop_columns("row")
-            table = Table("similarity", "sample", *shown.column_names, title=f"{'opposite to' if self.opposing else 'near'} {query}")
+            table = Table(
+                "similarity",
+                "sample",
+                *shown.column_names,
+                title=f"{'opposite to' if self.opposing else 'near'} {query}",
+            )
             if texts is not None:
                 table.add_column("text")
             for i, (sample_id, similarity) in enumerate(zip(ids, similarities, strict=True)):
-                cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown.slice(i, 1).to_pylist()[0].values()]
+                cells = [
+                    f"{value:.4g}" if isinstance(value, float) else str(value)
+                    for value in shown.slice(i, 1).to_pylist()[0].values()
+                ]
                 table.add_row(f"{similarity:.4f}", sample_id, *cells, *(texts[i : i + 1] if texts is not None else []))
             out.print(table)
         return 0

@@ -38,7 +38,9 @@ class InfoCommand(Command):
         out = console()
         samples = store.to_arrow(["source", "n_tokens", "n_loss_tokens", "status"])
         statuses = Counter(samples["status"].to_pylist())
-        out.print(f"{store.path}: {len(samples):,} of {store.manifest.expected:,} samples, fingerprint {store.manifest.fingerprint}")
+        out.print(
+            f"{store.path}: {len(samples):,} of {store.manifest.expected:,} samples, fingerprint {store.manifest.fingerprint}"
+        )
         out.print("status: " + ", ".join(f"{count:,} {status}" for status, count in statuses.most_common()))
         sources = Counter(samples["source"].to_pylist())
         if set(sources) != {None}:
@@ -51,7 +53,9 @@ class InfoCommand(Command):
             settings.add_row(key, str(value))
         out.print(settings)
         projections = list(dict.fromkeys(spec.projection for spec in store.layers))
-        features = Table("measure", *projections, title=f"median over samples and {len({s.layer for s in store.layers})} layers")
+        features = Table(
+            "measure", *projections, title=f"median over samples and {len({s.layer for s in store.layers})} layers"
+        )
         for measure in MEASURES:
             values = store.features(measure)
             columns = [values[:, [s.projection == name for s in store.layers]] for name in projections]
@@ -82,7 +86,11 @@ class VerifyCommand(Command):
 
         manifest, damages = inspect(self.store)
         if manifest is None and not (self.store / CONFIG).is_file():
-            raise StoreError(f"no feature store at {self.store}", got="neither a manifest nor settings", fix="make one with `selector score`")
+            raise StoreError(
+                f"no feature store at {self.store}",
+                got="neither a manifest nor settings",
+                fix="make one with `selector score`",
+            )
         for damage in damages:
             print(f"error: {damage.error}", file=sys.stderr)
         if damages and self.repair:

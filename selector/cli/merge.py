@@ -32,5 +32,8 @@ class MergeCommand(Command):
 
         store = merge(self.stores, self.out)
         missing = store.manifest.expected - len(store)
-        console().print(f"{store.path}: {len(store):,} samples" + (f", {missing:,} are missing" if missing else ", all that the data set has"))
+        console().print(
+            f"{store.path}: {len(store):,} samples"
+            + (f", {missing:,} are missing" if missing else ", all that the data set has")
+        )
         return 0

@@ -85,7 +85,7 @@ class ScoreCommand(Command):
             try:
                 if self.reference_model is not None:
                     reference, _ = load_model(
-                        self.reference_model, self.config.dtype, device=state.device,
+                        self.reference_model, self.config.dtype, device=state.device or "cpu",
                         trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
                     )  # fmt: skip
             except SelectorError as error:
@@ -99,7 +99,9 @@ class ScoreCommand(Command):
             if state.is_main_process:
                 show_estimate(plan, estimate)
             return 0
-        store = score_dataset(model, tokenizer, dataset, self.out, self.config, command=self.settings(), reference=reference)
+        store = score_dataset(
+            model, tokenizer, dataset, self.out, self.config, command=self.settings(), reference=reference
+        )
         if self.explain and state.is_main_process:
             explain(model, tokenizer, dataset, self.out, self.explain, self.config, reference)
         return summarize(store, self.config.max_failed) if state.is_main_process else 0
@@ -130,7 +132,9 @@ def show_estimate(plan: Plan, estimate: Estimate | None) -> None:
     else:
         table.add_row("left to measure", f"{estimate.samples:,} samples, {estimate.tokens:,} tokens")
         table.add_row("time", f"about {duration(estimate.seconds)}, {estimate.tokens / estimate.seconds:,.0f} tokens/s")
-        table.add_row("cost", f"{estimate.epoch_ratio:.2f} times an epoch of training on them (reckoned as three forward passes)")
+        table.add_row(
+            "cost", f"{estimate.epoch_ratio:.2f} times an epoch of training on them (reckoned as three forward passes)"
+        )
         table.add_row("batches", f"{estimate.tokens_per_batch:,} tokens")
         if estimate.peak_memory is not None:
             table.add_row("peak memory", f"{estimate.peak_memory / 2**30:.1f} GiB per device")

@@ -66,13 +66,19 @@ class SelectCommand(Command):
         from selector.store import FeatureStore
 
         if self.store.is_dir() and not (self.store / MANIFEST).exists():
-            raise StoreError(f"no feature store at {self.store}", got="no " + MANIFEST, fix="make one with `selector score`")
+            raise StoreError(
+                f"no feature store at {self.store}", got="no " + MANIFEST, fix="make one with `selector score`"
+            )
         if self.store.is_file():
             scores = read_scores(self.store, self.by)
         else:
             higher = {"auto": None, "high": True, "low": False}[self.prefer]
             scores = score(
-                FeatureStore.open(self.store), self.by or "effective_rank", control=self.control, aggregation=self.aggregation, higher_first=higher
+                FeatureStore.open(self.store),
+                self.by or "effective_rank",
+                control=self.control,
+                aggregation=self.aggregation,
+                higher_first=higher,
             )
         index = {"index": GradientIndex.open(self.index)} if self.index is not None else {}
         selection = select(scores, budget=self.budget, policy=self.policy, seed=self.seed, **index, **self._options())
@@ -85,7 +91,9 @@ class SelectCommand(Command):
         out = console()
         explain(out, scores, selection)
         out.print(f"{self.out / SELECTION}: {len(selection):,} samples, {selection.n_tokens.sum():,} tokens")
-        out.print(f"{self.out / CONTROL}: {len(control):,} samples, {control.n_tokens.sum():,} tokens, drawn at random with the same lengths")
+        out.print(
+            f"{self.out / CONTROL}: {len(control):,} samples, {control.n_tokens.sum():,} tokens, drawn at random with the same lengths"
+        )
         return 0
 
     def _options(self) -> dict[str, Any]:
@@ -111,11 +119,19 @@ def explain(out: Console, scores: Scores, selection: Selection) -> None:
     correlation = length_correlation(scores)
     lengths = Table("score", "Spearman with tokens", title=f"length and {scores.provenance.get('by', 'score')}")
     lengths.add_row("raw", f"{correlation.raw:+.3f}")
-    lengths.add_row("length-controlled (selected by)" if scores.provenance.get("control", {}).get("kind") != "none" else "selected by", f"{correlation.controlled:+.3f}")
+    lengths.add_row(
+        "length-controlled (selected by)"
+        if scores.provenance.get("control", {}).get("kind") != "none"
+        else "selected by",
+        f"{correlation.controlled:+.3f}",
+    )
     out.print(lengths)
     sources = Table("source", "samples", "tokens", "picked samples", "picked tokens", title="sources")
     for source, counts in selection.provenance["sources"].items():
-        sources.add_row(source or "(none)", *(f"{counts[key]:,}" for key in ("samples", "tokens", "picked_samples", "picked_tokens")))
+        sources.add_row(
+            source or "(none)",
+            *(f"{counts[key]:,}" for key in ("samples", "tokens", "picked_samples", "picked_tokens")),
+        )
     out.print(sources)
     for what, count in selection.provenance["removed"].items():
         out.print(f"left out: {count:,} ({what})")

@@ -34,7 +34,14 @@ class TransferCommand(Command):
 
         found = transfer(FeatureStore.open(self.first), FeatureStore.open(self.second))
         projections = list(found[0].by_projection)
-        table = Table("measure", "raw", "length-controlled", "top 10% shared", *projections, title=f"rank correlation over {found[0].samples:,} samples")
+        table = Table(
+            "measure",
+            "raw",
+            "length-controlled",
+            "top 10% shared",
+            *projections,
+            title=f"rank correlation over {found[0].samples:,} samples",
+        )
         for row in found:
             cells = [row.raw, row.controlled, row.top_overlap, *(row.by_projection[name] for name in projections)]
             table.add_row(row.measure, *(f"{value:.2f}" for value in cells))

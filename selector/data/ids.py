@@ -51,7 +51,12 @@ def column_ids(values: Sequence[Any], column: str) -> list[str]:
     """
     missing = [row for row, value in enumerate(values) if value is None or value == ""]
     if missing:
-        raise DataError(f"column {column!r} has no id in {len(missing)} rows", got=f"row {missing[0]}", allowed="an id in every row", fix="fill them, or leave --id-column out")
+        raise DataError(
+            f"column {column!r} has no id in {len(missing)} rows",
+            got=f"row {missing[0]}",
+            allowed="an id in every row",
+            fix="fill them, or leave --id-column out",
+        )
     ids = [str(value) for value in values]
     doubled = [name for name, count in Counter(ids).items() if count > 1]
     if doubled:

@@ -35,7 +35,9 @@ def load_rows(data: str, split: str = "train") -> datasets.Dataset:
             loaded = datasets.load_from_disk(data)
         elif path.is_file():
             if kind is None:
-                raise DataError(f"{data} is of no known kind", got=path.suffix or "no suffix", allowed=", ".join(READERS))
+                raise DataError(
+                    f"{data} is of no known kind", got=path.suffix or "no suffix", allowed=", ".join(READERS)
+                )
             options: dict[str, Any] = {"delimiter": "\t"} if ".tsv" in suffixes else {}
             loaded = datasets.load_dataset(kind, data_files=data, split="train", **options)
         elif kind is not None or path.is_absolute():
@@ -55,10 +57,17 @@ def load_rows(data: str, split: str = "train") -> datasets.Dataset:
         ) from error  # fmt: skip
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise DataError(f"{data} has no split {split!r}", allowed=", ".join(map(str, loaded)), fix="name one with --split")
+            raise DataError(
+                f"{data} has no split {split!r}", allowed=", ".join(map(str, loaded)), fix="name one with --split"
+            )
         loaded = loaded[split]
     if not isinstance(loaded, datasets.Dataset):
-        raise DataError(f"{data} is a stream", got=type(loaded).__name__, allowed="a data set with a length", fix="download it first")
+        raise DataError(
+            f"{data} is a stream",
+            got=type(loaded).__name__,
+            allowed="a data set with a length",
+            fix="download it first",
+        )
     if len(loaded) == 0:
         raise DataError(f"{data} is empty", got="0 rows", allowed="1 row or more")
     return loaded

@@ -166,7 +166,10 @@ def predicting_columns(batch: Batch) -> Int[Tensor, " K"]:
 
 
 def sample_losses(
-    logits: Float[Tensor, "R K V"], batch: Batch, settings: LossSettings = RESPONSE, columns: Int[Tensor, " K"] | None = None
+    logits: Float[Tensor, "R K V"],
+    batch: Batch,
+    settings: LossSettings = RESPONSE,
+    columns: Int[Tensor, " K"] | None = None,
 ) -> Float[Tensor, " N"]:
     """Loss of each sample of a batch.
 

@@ -55,8 +55,8 @@ def members_table(ids: Sequence[str] | np.ndarray, metadata: Mapping[str, Any], 
             got=wrong or "metadata named 'sample_id'",
             allowed=f"{count} of each",
         )
-    counted = pc.value_counts(names)
-    repeated = counted.field("values").filter(pc.greater(counted.field("counts"), 1)).to_pylist()
+    counted = pc.value_counts(names)  # pyright: ignore[reportAttributeAccessIssue]
+    repeated = counted.field("values").filter(pc.greater(counted.field("counts"), 1)).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
     if repeated or names.null_count:
         raise GradientIndexError("ids are not unique", got=", ".join(map(str, repeated[:5])), allowed="each id once")
     return pa.table(
@@ -78,7 +78,7 @@ def joined_table(members: pa.Table, added: pa.Table) -> pa.Table:
         raise GradientIndexError(
             "the metadata has other columns", got=added.column_names[1:], allowed=members.column_names[1:]
         )
-    present = pc.is_in(added["sample_id"], value_set=members["sample_id"].combine_chunks())
+    present = pc.is_in(added["sample_id"], value_set=members["sample_id"].combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
     known = added["sample_id"].filter(present).to_pylist()
     if known:
         raise GradientIndexError(
@@ -99,7 +99,7 @@ def score_column(ids: np.ndarray, scores: Scores | None) -> dict[str, pa.Array]:
     """
     if scores is None:
         return {}
-    found = pc.index_in(pa.array(ids.tolist(), pa.string()), value_set=pa.array(scores.ids.tolist(), pa.string()))
+    found = pc.index_in(pa.array(ids.tolist(), pa.string()), value_set=pa.array(scores.ids.tolist(), pa.string()))  # pyright: ignore[reportAttributeAccessIssue]
     return {"score": pa.array(scores.values, pa.float64(), from_pandas=True).take(found)}
 
 

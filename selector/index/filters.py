@@ -37,15 +37,15 @@ class Filter:
         """
         allowed = np.ones(members.num_rows, dtype=bool)
         if self.sources is not None:
-            allowed &= _true(pc.is_in(_column(members, "source"), value_set=pa.array(list(self.sources), pa.string())))
+            allowed &= _true(pc.is_in(_column(members, "source"), value_set=pa.array(list(self.sources), pa.string())))  # pyright: ignore[reportAttributeAccessIssue]
         for name, (low, high) in self.ranges.items():
             column = _column(members, name)
             if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
                 raise GradientIndexError(f"the column {name!r} has no range", got=column.type, allowed="numbers")
             if low is not None:
-                allowed &= _true(pc.greater_equal(column, low))
+                allowed &= _true(pc.greater_equal(column, low))  # pyright: ignore[reportAttributeAccessIssue]
             if high is not None:
-                allowed &= _true(pc.less_equal(column, high))
+                allowed &= _true(pc.less_equal(column, high))  # pyright: ignore[reportAttributeAccessIssue]
         return allowed
 
 

@@ -319,10 +319,10 @@ class GradientIndex(VectorPool):
             GradientIndexError: an id is not in the index.
         """
         asked = pa.array(list(ids), pa.string())
-        rows = np.flatnonzero(pc.is_in(self._members["sample_id"], value_set=asked).to_numpy())
-        found = pc.index_in(asked, value_set=self._members["sample_id"].take(rows).combine_chunks())
+        rows = np.flatnonzero(pc.is_in(self._members["sample_id"], value_set=asked).to_numpy())  # pyright: ignore[reportAttributeAccessIssue]
+        found = pc.index_in(asked, value_set=self._members["sample_id"].take(rows).combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
         if found.null_count:
-            missing = asked.filter(pc.is_null(found)).to_pylist()
+            missing = asked.filter(pc.is_null(found)).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
             raise GradientIndexError(
                 f"{len(missing)} ids are not in the index",
                 got=", ".join(map(str, missing[:5])),

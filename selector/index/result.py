@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,9 @@ class SearchResult:
 
     def __len__(self) -> int:
         return len(self.lists)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, Float32[np.ndarray, " K"]]]:
+        return (self[query] for query in range(len(self)))
 
     def __getitem__(self, query: int) -> tuple[np.ndarray, Float32[np.ndarray, " K"]]:
         """Ids and similarities of one query."""

@@ -117,7 +117,7 @@ def read_features(
     """
     columns = ["row", "source", "n_tokens", "n_loss_tokens", "loss"]
     table = store.to_arrow(["sample_id", "status", *columns])
-    scored = pc.equal(table["status"], "ok").to_numpy()
+    scored = pc.equal(table["status"], "ok").to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
     features = {name: store.features(name)[scored] for name in measures}
     metadata = {name: table[name].to_numpy()[scored] for name in columns}
     return table["sample_id"].to_numpy()[scored], features, metadata

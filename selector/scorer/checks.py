@@ -74,7 +74,9 @@ def self_test(extract: Extract, samples: Sequence[Sample], collate: Collate, dty
     for sample, first, second in zip(pair, alone, together, strict=True):
         where = f"sample {sample.sample_id} (row {sample.row}, {sample.n_tokens} tokens)"
         if first["status"] != second["status"]:
-            problems.append(NumericalError(f"self-test: {where} is {first['status']} alone and {second['status']} in a batch"))
+            problems.append(
+                NumericalError(f"self-test: {where} is {first['status']} alone and {second['status']} in a batch")
+            )
             continue
         for name, difference in _differences(first, second).items():
             worst = max(worst, difference)
@@ -109,4 +111,6 @@ def _differences(first: dict, second: dict) -> dict[str, float]:
     vectors["loss"] = (np.array([first["loss"]]), np.array([second["loss"]]))
     # a loss near zero, such as a group's whose advantages cancel, is compared in nats
     smallest = dict.fromkeys(MEASURES, 1e-30) | {"loss": 1.0}
-    return {name: float(np.linalg.norm(a - b) / max(np.linalg.norm(a), smallest[name])) for name, (a, b) in vectors.items()}
+    return {
+        name: float(np.linalg.norm(a - b) / max(np.linalg.norm(a), smallest[name])) for name, (a, b) in vectors.items()
+    }

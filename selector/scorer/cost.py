@@ -50,7 +50,14 @@ class Estimate:
     """Size of the finished store."""
 
 
-def estimate(extract: FeatureExtractor, samples: Sequence[Sample], tokens_per_batch: int, collate: Collate, device: torch.device, state: PartialState) -> Estimate:
+def estimate(
+    extract: FeatureExtractor,
+    samples: Sequence[Sample],
+    tokens_per_batch: int,
+    collate: Collate,
+    device: torch.device,
+    state: PartialState,
+) -> Estimate:
     """Measure a few batches of different lengths and reckon the rest from them; nothing is written.
 
     Args:
@@ -86,7 +93,14 @@ def estimate(extract: FeatureExtractor, samples: Sequence[Sample], tokens_per_ba
     )  # fmt: skip
 
 
-def ledger_entry(samples: Sequence[Sample], seconds: float, forward_seconds: float, tokens_per_batch: int, store_bytes: int, state: PartialState) -> dict[str, Any]:
+def ledger_entry(
+    samples: Sequence[Sample],
+    seconds: float,
+    forward_seconds: float,
+    tokens_per_batch: int,
+    store_bytes: int,
+    state: PartialState,
+) -> dict[str, Any]:
     """What a run leaves in the manifest.
 
     Args:

@@ -151,7 +151,9 @@ class FeatureExtractor:
         if self.sketch is None:
             return {}
         missing = torch.full((n_samples, self.sketch.dimension), float("nan"))
-        layers = torch.stack([self._sketches[i].cpu() if i in self._sketches else missing for i in range(len(self.targets))], dim=1)
+        layers = torch.stack(
+            [self._sketches[i].cpu() if i in self._sketches else missing for i in range(len(self.targets))], dim=1
+        )
         scale = layers.abs().amax(-1, keepdim=True)
         self._sketches = {}
         joined = (layers / scale.masked_fill(scale == 0, 1.0)).half().flatten(1)

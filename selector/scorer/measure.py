@@ -56,7 +56,11 @@ def measure(
         if rows is None and len(batch) > 1:
             queue.put_back(batch)
             queue.tokens_per_batch = padded_tokens(batch) // 2
-            logger.warning("out of memory with %d tokens; going on with batches of %d", padded_tokens(batch), queue.tokens_per_batch)
+            logger.warning(
+                "out of memory with %d tokens; going on with batches of %d",
+                padded_tokens(batch),
+                queue.tokens_per_batch,
+            )
             continue
         for row in rows if rows is not None else [sample_row(batch[0], OUT_OF_MEMORY)]:
             take(row)
@@ -65,7 +69,13 @@ def measure(
 
 
 def measure_in_step(
-    extract: Extract, take: Take, batches: Sequence[Sequence[Sample]], rounds: int, filler: Sample, collate: Collate, progress: Progress
+    extract: Extract,
+    take: Take,
+    batches: Sequence[Sequence[Sample]],
+    rounds: int,
+    filler: Sample,
+    collate: Collate,
+    progress: Progress,
 ) -> None:
     """Measure batches with a sharded model, which every process has to run equally often.
 

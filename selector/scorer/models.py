@@ -21,8 +21,13 @@ SAMPLED_VALUES = 64
 
 
 def load_model(
-    name: str, dtype: Dtype = "auto", *, device: torch.device | str = "cpu", chat_template: Path | None = None,
-    trust_remote_code: bool = False, allow_pickle: bool = False,
+    name: str,
+    dtype: Dtype = "auto",
+    *,
+    device: torch.device | str = "cpu",
+    chat_template: Path | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -49,18 +54,24 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
-        problems.append(_loading_problem("tokenizer", name, error, "save the tokenizer beside the model with `save_pretrained`"))
+        problems.append(
+            _loading_problem("tokenizer", name, error, "save the tokenizer beside the model with `save_pretrained`")
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True
         )
     except Exception as error:  # likewise
-        problems.append(_loading_problem("model", name, error, "check the name, the network, and that its weights are safetensors"))
+        problems.append(
+            _loading_problem("model", name, error, "check the name, the network, and that its weights are safetensors")
+        )
     if chat_template is not None and tokenizer is not None:
         try:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            problems.append(ModelError("the chat template cannot be read", got=error, allowed="a Jinja file", fix="check the path"))
+            problems.append(
+                ModelError("the chat template cannot be read", got=error, allowed="a Jinja file", fix="check the path")
+            )
     raise_all(problems)
     assert model is not None
     assert tokenizer is not None
@@ -69,7 +80,12 @@ def load_model(
 
 def _loading_problem(what: str, name: str, error: Exception, fix: str) -> ModelError:
     first_line = next((line for line in str(error).splitlines() if line.strip()), "")
-    return ModelError(f"the {what} of {name} cannot be loaded", got=f"{type(error).__name__}: {first_line}", allowed="a causal language model in Hugging Face format", fix=fix)
+    return ModelError(
+        f"the {what} of {name} cannot be loaded",
+        got=f"{type(error).__name__}: {first_line}",
+        allowed="a causal language model in Hugging Face format",
+        fix=fix,
+    )
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -47,7 +47,11 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, config: ScoreConfig, reference: nn.Module | None = None
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: datasets.Dataset,
+    config: ScoreConfig,
+    reference: nn.Module | None = None,
 ) -> Plan:
     """Encode the data set and check everything that can be checked without running the model.
 
@@ -64,7 +68,9 @@ def plan(
     problems: list[SelectorError] = patched_modules(model)
     targets: list[Target] = []
     try:
-        targets = find_targets(model, config.projections, config.layers, names=config.layer_names, adapter=config.adapter)
+        targets = find_targets(
+            model, config.projections, config.layers, names=config.layer_names, adapter=config.adapter
+        )
     except SelectorError as error:
         problems.append(error)
     try:
@@ -78,14 +84,20 @@ def plan(
         layout = recognize(dataset.column_names, dataclasses.replace(config, format="rollout", columns=()))
     limits = (config.max_length, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
     max_length = min(limit for limit in limits if limit is not None)
-    hashes = [content_hash(row) for row in tqdm(layout.rows(dataset), "reading", len(dataset), leave=False, disable=None)]
+    hashes = [
+        content_hash(row) for row in tqdm(layout.rows(dataset), "reading", len(dataset), leave=False, disable=None)
+    ]
     ids = content_ids(hashes)
     if layout.id_column is not None:
         try:
             ids = column_ids(dataset[layout.id_column], layout.id_column)
         except SelectorError as error:
             problems.append(error)
-    sources = [None if s is None else str(s) for s in dataset[layout.source_column]] if layout.source_column else [None] * len(dataset)
+    sources = (
+        [None if s is None else str(s) for s in dataset[layout.source_column]]
+        if layout.source_column
+        else [None] * len(dataset)
+    )
     encoder = Encoder(tokenizer, max_length, config.truncation, layout.loss)
     count = min(config.limit or len(dataset), len(dataset))
     encoded = encoder.encode(layout.rows(dataset, config.limit), ids, sources)
@@ -119,7 +131,14 @@ def _problems_of_reference(layout: Layout, reference: nn.Module | None) -> list[
     if reference is None:
         return []
     if layout.loss != "dpo":
-        return [DataError("a reference model has no effect", got=layout.describe(), allowed="preference pairs with --loss dpo", fix="leave it out")]
+        return [
+            DataError(
+                "a reference model has no effect",
+                got=layout.describe(),
+                allowed="preference pairs with --loss dpo",
+                fix="leave it out",
+            )
+        ]
     stored = [layout.columns[role] for role in REFERENCE if role in layout.columns]
     if stored:
         return [
@@ -129,7 +148,9 @@ def _problems_of_reference(layout: Layout, reference: nn.Module | None) -> list[
     return []
 
 
-def _problems_of_samples(samples: Sequence[Sample], max_length: int, layout: Layout, config: ScoreConfig) -> list[SelectorError]:
+def _problems_of_samples(
+    samples: Sequence[Sample], max_length: int, layout: Layout, config: ScoreConfig
+) -> list[SelectorError]:
     """Why this data set should not be scored as it is."""
     problems: list[SelectorError] = []
     long = [s for s in samples if s.status == "too_long"]

@@ -78,7 +78,9 @@ def score_dataset(
     """
     config, store = config or ScoreConfig(), Path(out)
     run = _begin(model, tokenizer, dataset, store, config, reference)
-    settings = {"command": "score", "config": config.identity() | config.execution()} if command is None else dict(command)
+    settings = (
+        {"command": "score", "config": config.identity() | config.execution()} if command is None else dict(command)
+    )
     manifest = replace(run.manifest, command=settings, shards=())
     with run.extractor.attached():
         with run.meeting():
@@ -90,10 +92,14 @@ def score_dataset(
                 create(store, manifest)
         started = time.perf_counter()
         with run.meeting():
-            budget = run.measure(StoreWriter(store, manifest, rank=run.state.process_index, shard_rows=config.shard_rows))
+            budget = run.measure(
+                StoreWriter(store, manifest, rank=run.state.process_index, shard_rows=config.shard_rows)
+            )
         seconds = time.perf_counter() - started
     size = sum(path.stat().st_size for path in FeatureStore(store, manifest).shard_paths())
-    entry = from_main(ledger_entry(run.pending, seconds, run.extractor.forward_seconds, budget, size, run.state), run.state)
+    entry = from_main(
+        ledger_entry(run.pending, seconds, run.extractor.forward_seconds, budget, size, run.state), run.state
+    )
     cost = (*manifest.cost, entry) if run.pending else manifest.cost
     for turn in on_every_file_system(run.state):
         names = tuple(path.name for path in FeatureStore(store, manifest).shard_paths())
@@ -103,7 +109,11 @@ def score_dataset(
 
 
 def estimate_run(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, out: str | Path, config: ScoreConfig | None = None,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: datasets.Dataset,
+    out: str | Path,
+    config: ScoreConfig | None = None,
     reference: nn.Module | None = None,
 ) -> tuple[Plan, Estimate | None]:
     """Do all checks and measure a few batches, to say what `score_dataset` would cost; nothing is written.
@@ -131,7 +141,11 @@ def estimate_run(
 
 
 def _begin(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, store: Path, config: ScoreConfig,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: datasets.Dataset,
+    store: Path,
+    config: ScoreConfig,
     reference: nn.Module | None,
 ) -> _Run:
     """Plan, shard the model where that is asked for, and find out what the store already holds."""
@@ -140,7 +154,10 @@ def _begin(
         work = plan(model, tokenizer, dataset, config, reference)
     logger.info("data set: %d samples; %s", len(work.samples), work.layout.describe())
     if work.layout.loss == "dpo" and not set(REFERENCE) & set(work.layout.columns):
-        logger.info("reference of the DPO loss: %s", "the model itself, as at the start of training" if reference is None else "the reference model")
+        logger.info(
+            "reference of the DPO loss: %s",
+            "the model itself, as at the start of training" if reference is None else "the reference model",
+        )
     left_out = unmeasured(model, work.targets)
     if left_out:
         logger.info("linear layers that are not measured: %s", ", ".join(left_out))
@@ -197,7 +214,9 @@ class _Run:
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """A batch on the model's device, padded or joined."""
-        return join(samples, self.device) if self.config.padding_free else collate(samples, self.pad_token_id, self.device)
+        return (
+            join(samples, self.device) if self.config.padding_free else collate(samples, self.pad_token_id, self.device)
+        )
 
     def self_test(self) -> float:
         """Refuse a model whose samples depend on each other."""

@@ -43,7 +43,9 @@ def shard(model: nn.Module) -> nn.Module:
         The model to call in place of it.
     """
     # under ZeRO-3 the weights are parted as they are loaded, and still need the engine
-    ready = any(isinstance(parameter, DTensor) for parameter in model.parameters()) or without_engine(model) is not model
+    ready = (
+        any(isinstance(parameter, DTensor) for parameter in model.parameters()) or without_engine(model) is not model
+    )
     if ready or not wants_sharding():
         return model
     accelerator = Accelerator()

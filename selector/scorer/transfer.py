@@ -86,7 +86,9 @@ def matched_layers(first: tuple[LayerSpec, ...], second: tuple[LayerSpec, ...]) 
     matched: dict[str, list[tuple[int, int]]] = {}
     for i, spec in enumerate(first):
         distances = {
-            j: abs(spec.layer / depths[0] - other.layer / depths[1]) for j, other in enumerate(second) if other.projection == spec.projection
+            j: abs(spec.layer / depths[0] - other.layer / depths[1])
+            for j, other in enumerate(second)
+            if other.projection == spec.projection
         }
         if distances:
             matched.setdefault(spec.projection, []).append((i, min(distances, key=distances.__getitem__)))

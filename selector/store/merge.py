@@ -37,7 +37,11 @@ def merge(stores: Sequence[str | Path], out: str | Path) -> FeatureStore:
     if (target / MANIFEST).exists():
         sources.insert(0, target)
     elif target.exists() and any(target.iterdir()):
-        raise StoreError(f"{target} is in use by something else", got="files that are no feature store", fix="choose an empty or new directory")
+        raise StoreError(
+            f"{target} is in use by something else",
+            got="files that are no feature store",
+            fix="choose an empty or new directory",
+        )
     manifests = [Manifest.load(source) for source in sources]
     raise_all(_conflicts(sources, manifests))
     longest = max(manifests, key=lambda manifest: len(manifest.data))
@@ -69,7 +73,12 @@ def _conflicts(sources: Sequence[Path], manifests: Sequence[Manifest]) -> list[S
         longer, shorter = sorted((first.data, manifest.data), key=len, reverse=True)
         if not is_extension(longer, shorter):
             problems.append(
-                StoreError(f"{source} and {sources[0]} have grown apart", got=manifest.data[-1], allowed=first.data[-1], fix="append the same rows to both")
+                StoreError(
+                    f"{source} and {sources[0]} have grown apart",
+                    got=manifest.data[-1],
+                    allowed=first.data[-1],
+                    fix="append the same rows to both",
+                )
             )
     return problems
 
@@ -78,5 +87,8 @@ def _sound_shards(store: FeatureStore):
     """Files and tables of a store whose bytes are as they were written."""
     for path in store.shard_paths():
         if path.stem.rpartition("-")[2] != checksum(path.read_bytes()):
-            raise StoreError(f"shard {path.name} of {store.path} is damaged", fix=f"run `selector verify {store.path} --repair` first")
+            raise StoreError(
+                f"shard {path.name} of {store.path} is damaged",
+                fix=f"run `selector verify {store.path} --repair` first",
+            )
         yield path, pq.read_table(path)

@@ -78,7 +78,9 @@ class FeatureStore:
             try:
                 table = pq.read_table(path, columns=list(columns) if columns is not None else None)
             except (pa.ArrowInvalid, OSError) as error:
-                raise StoreError(f"shard {path.name} cannot be read", got=error, fix=f"run `selector verify {self.path} --repair`") from error
+                raise StoreError(
+                    f"shard {path.name} cannot be read", got=error, fix=f"run `selector verify {self.path} --repair`"
+                ) from error
             owner = shard_owner(table.schema)
             if owner.get("store") != self.manifest.fingerprint:
                 raise StoreError(
@@ -98,7 +100,7 @@ class FeatureStore:
         if not tables:
             return self.manifest.schema.empty_table().select(wanted)
         table = pa.concat_tables(tables)
-        return table.take(pc.sort_indices(table, sort_keys=[("row", "ascending")])).select(wanted)
+        return table.take(pc.sort_indices(table, sort_keys=[("row", "ascending")])).select(wanted)  # pyright: ignore[reportAttributeAccessIssue]
 
     def features(self, measure: str) -> Float32[np.ndarray, "N F"]:
         """One measure of every sample and layer, in rows of the data set; NaN where there is none.
@@ -124,7 +126,10 @@ class FeatureStore:
         """
         dimension = self.manifest.identity.get("sketch_dimension", 0)
         if not dimension:
-            raise StoreError(f"{self.path} holds no sketches", fix="score into another directory with --sketch-dimension 16, or another square")
+            raise StoreError(
+                f"{self.path} holds no sketches",
+                fix="score into another directory with --sketch-dimension 16, or another square",
+            )
         table = self.to_arrow(["sketch", "sketch_scale"])
         width = len(self.layers)
         values = feature_matrix(table["sketch"], width * dimension).reshape(-1, width, dimension)

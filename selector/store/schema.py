@@ -136,7 +136,12 @@ class Manifest:
     def to_json(self) -> str:
         """The text of `manifest.json`."""
         values = dataclasses.asdict(self)
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "checksum": fingerprint(values), "fingerprint": self.fingerprint}
+        head = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "checksum": fingerprint(values),
+            "fingerprint": self.fingerprint,
+        }
         return json.dumps(head | values, indent=1, ensure_ascii=False)
 
     @classmethod
@@ -154,7 +159,11 @@ class Manifest:
         repair = f"run `selector verify {store} --repair`"
         if not path.is_file():
             lost = (store / SHARDS).is_dir()
-            raise StoreError(f"no feature store at {store}", got="no " + name, fix=repair if lost else "make one with `selector score`")
+            raise StoreError(
+                f"no feature store at {store}",
+                got="no " + name,
+                fix=repair if lost else "make one with `selector score`",
+            )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             found = (values.pop("format"), values.pop("format_version"))
@@ -193,5 +202,12 @@ def identity_conflicts(store: Path, old: Manifest, new: Manifest) -> list[StoreE
         if old.identity.get(name) != new.identity.get(name)
     ]  # fmt: skip
     if not fields and old.layers != new.layers:
-        fields = [StoreError(f"{store} has another layer table", got=len(new.layers), allowed=len(old.layers), fix="use another output directory")]
+        fields = [
+            StoreError(
+                f"{store} has another layer table",
+                got=len(new.layers),
+                allowed=len(old.layers),
+                fix="use another output directory",
+            )
+        ]
     return fields

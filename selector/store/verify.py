@@ -93,7 +93,15 @@ def inspect(store: Path) -> tuple[Manifest | None, list[Damage]]:
         doubled = len(ids) - len(set(ids) - seen)
         if doubled:
             example = next(sample_id for i, sample_id in enumerate(ids) if sample_id in seen or sample_id in ids[:i])
-            found.append(_damage("doubled samples", path, f"holds {doubled} samples that are there already", got=example, allowed="each sample once"))
+            found.append(
+                _damage(
+                    "doubled samples",
+                    path,
+                    f"holds {doubled} samples that are there already",
+                    got=example,
+                    allowed="each sample once",
+                )
+            )
         seen |= set(ids)
         damages += found
         if not found or doubled:
@@ -103,7 +111,15 @@ def inspect(store: Path) -> tuple[Manifest | None, list[Damage]]:
         if name not in named and _digest_in_name(Path(name)) not in sound:
             damages.append(_damage("missing shard", store / SHARDS / name, "is missing"))
     if not damages and len(seen) < manifest.expected:
-        damages.append(_damage("unfinished store", store, "is unfinished", got=f"{len(seen):,} samples", allowed=f"{manifest.expected:,}"))
+        damages.append(
+            _damage(
+                "unfinished store",
+                store,
+                "is unfinished",
+                got=f"{len(seen):,} samples",
+                allowed=f"{manifest.expected:,}",
+            )
+        )
     return manifest, damages
 
 
@@ -130,7 +146,11 @@ def repair(store: Path, damages: Sequence[Damage], manifest: Manifest | None) ->
 
 def _damage(kind: str, path: Path, problem: str, **parts: Any) -> Damage:
     store = path if kind == "unfinished store" else path.parent.parent if path.parent.name == SHARDS else path.parent
-    fix = "run the same `selector score` command again" if kind == "unfinished store" else f"run `selector verify {store} --repair`"
+    fix = (
+        "run the same `selector score` command again"
+        if kind == "unfinished store"
+        else f"run `selector verify {store} --repair`"
+    )
     return Damage(kind, path, StoreError(f"{kind}: {path.name} {problem}", **parts, fix=fix))
 
 
@@ -144,13 +164,27 @@ def _inspect_manifests(store: Path) -> tuple[Manifest | None, list[Damage]]:
         try:
             sound[name] = Manifest.load(store, name)
         except StoreError as error:
-            damages.append(_damage("damaged manifest", store / name, "cannot be used", got=error.got or error.problem, allowed=error.allowed))
+            damages.append(
+                _damage(
+                    "damaged manifest",
+                    store / name,
+                    "cannot be used",
+                    got=error.got or error.problem,
+                    allowed=error.allowed,
+                )
+            )
     if len({manifest.fingerprint for manifest in sound.values()}) > 1:
         owners = Counter(owner for path in shard_files(store) if (owner := _owner_of_file(path)) is not None)
         right = max(sound, key=lambda name: (owners[sound[name].fingerprint], name == MANIFEST))
         wrong = next(name for name in sound if name != right)
         damages.append(
-            _damage("foreign manifest", store / wrong, "belongs to another store", got=sound.pop(wrong).fingerprint, allowed=sound[right].fingerprint)
+            _damage(
+                "foreign manifest",
+                store / wrong,
+                "belongs to another store",
+                got=sound.pop(wrong).fingerprint,
+                allowed=sound[right].fingerprint,
+            )
         )
     return next(iter(sound.values()), None), damages
 
@@ -181,7 +215,12 @@ def _inspect_shard(path: Path, manifest: Manifest) -> tuple[list[Damage], list[s
         if any(_digest_in_name(Path(name)) == digest for name in manifest.shards):
             return wrong("renamed shard", "has another name than it was given", got=f"checksum {digest}", allowed=named)
         if not content.endswith(PARQUET_END):
-            return wrong("truncated shard", "lacks its end", got=f"{len(content):,} bytes, checksum {digest}", allowed=f"checksum {named}")
+            return wrong(
+                "truncated shard",
+                "lacks its end",
+                got=f"{len(content):,} bytes, checksum {digest}",
+                allowed=f"checksum {named}",
+            )
         return wrong("altered shard", "has other bytes than were written", got=f"checksum {digest}", allowed=named)
     try:
         table = pq.read_table(pa.BufferReader(content))
@@ -189,11 +228,21 @@ def _inspect_shard(path: Path, manifest: Manifest) -> tuple[list[Damage], list[s
         return wrong("unreadable shard", "is no Parquet file", got=error)
     owner = shard_owner(table.schema)
     if owner.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        return wrong("shard of another version", "has another format", got=f"version {owner['format_version']}", allowed=f"version {FORMAT_VERSION}")
+        return wrong(
+            "shard of another version",
+            "has another format",
+            got=f"version {owner['format_version']}",
+            allowed=f"version {FORMAT_VERSION}",
+        )
     if owner.get("store") != manifest.fingerprint:
         return wrong("foreign shard", "belongs to another store", got=owner.get("store"), allowed=manifest.fingerprint)
     if not table.schema.remove_metadata().equals(manifest.schema):
-        return wrong("shard with other columns", "does not fit the layer table", got=table.schema.names, allowed=manifest.schema.names)
+        return wrong(
+            "shard with other columns",
+            "does not fit the layer table",
+            got=table.schema.names,
+            allowed=manifest.schema.names,
+        )
     return [], table["sample_id"].to_pylist()
 
 

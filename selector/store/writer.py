@@ -88,7 +88,11 @@ def check(store: Path, manifest: Manifest, rows: Sequence[str] = (), append: boo
         raise_all([*problems, *identity_conflicts(store, old, manifest)])
         return replace(manifest, cost=old.cost, shards=old.shards, expected=max(old.expected, manifest.expected))
     if store.exists() and not (store.is_dir() and _is_beginning(store)):
-        raise StoreError(f"{store} is in use by something else", got="files that are no feature store", fix="choose an empty or new directory")
+        raise StoreError(
+            f"{store} is in use by something else",
+            got="files that are no feature store",
+            fix="choose an empty or new directory",
+        )
     return manifest
 
 
