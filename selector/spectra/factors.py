@@ -120,7 +120,10 @@ def _reduce(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
     short = [i for i, delta in enumerate(deltas) if length <= min(width, delta.shape[-1])]
     long = [i for i in range(len(deltas)) if i not in short]
     cores: dict[int, Core] = {}
-    for positions, route in ((short, _triangle_cores if precision == "reference" else _gram_cores), (long, _gradient_cores)):
+    for positions, route in (
+        (short, _triangle_cores if precision == "reference" else _gram_cores),
+        (long, _gradient_cores),
+    ):
         if positions:
             cores |= zip(positions, route(x, [deltas[i] for i in positions], precision), strict=True)
     return [cores[i] for i in range(len(deltas))]
