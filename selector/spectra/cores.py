@@ -92,7 +92,7 @@ def _solve_chunk(cores: list[Core], shape: torch.Size) -> list[Tensor]:
         values = over_batch(torch.linalg.svdvals, matrices)
     else:
         if cores[0].left is not None:
-            lefts = {id(core.left): core.left for core in cores}
+            lefts = {id(core.left): core.left for core in cores if core.left is not None}
             lower = semidefinite_factor(_stack(list(lefts.values()), shape)).split(
                 [len(left) for left in lefts.values()]
             )

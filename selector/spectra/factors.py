@@ -13,7 +13,7 @@ Squaring costs half the digits. What lies below the floor of a route is noise:
     fast        products and eigenvalues in float32, in which operands of 16 bits are exact; factors in float64
                 sqrt(eps32) ‖x‖ ‖delta‖, about 3e-4 of that product
     high        float64 throughout
-                sqrt(eps64) ‖x‖ ‖delta‖, about 1.5e-8 of it; on CPU, for T <= min(I, O), eps64 of it
+                sqrt(eps64) ‖x‖ ‖delta‖, about 1.5e-8 of it
     reference   float64, nothing squared
                 eps64 ‖x‖ ‖delta‖
 
@@ -119,9 +119,11 @@ def _reduce(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
     length, width = x.shape[1:]
     short = [i for i, delta in enumerate(deltas) if length <= min(width, delta.shape[-1])]
     long = [i for i in range(len(deltas)) if i not in short]
-    unsquared = precision == "reference" or (precision == "high" and x.device.type == "cpu")
     cores: dict[int, Core] = {}
-    for positions, route in ((short, _triangle_cores if unsquared else _gram_cores), (long, _gradient_cores)):
+    for positions, route in (
+        (short, _triangle_cores if precision == "reference" else _gram_cores),
+        (long, _gradient_cores),
+    ):
         if positions:
             cores |= zip(positions, route(x, [deltas[i] for i in positions], precision), strict=True)
     return [cores[i] for i in range(len(deltas))]

@@ -28,6 +28,11 @@ TILE = 64
 """Sizes of matrices are multiples of this."""
 
 
+def _power_of_two(n: int) -> int:
+    """The least power of two that is no smaller."""
+    return 1 << (n - 1).bit_length()
+
+
 def _kernel(function: Callable[..., Any]) -> Any:
     """`triton.jit` of a function as it is written here, without the type checks that an import hook may have put around it."""
     return triton.jit(inspect.unwrap(function))
@@ -311,14 +316,14 @@ def tridiagonalize(matrices: Float[Tensor, "N n n"]) -> tuple[Float[Tensor, "N n
         group *= 2
     groups = batch if group == 1 else min(batch, slots // group)
     panel = 8 if n <= 1024 else 16
-    padded_blocks = triton.next_power_of_2(blocks)
-    stride = (4 * panel + 1 + padded_blocks) * n + triton.cdiv(group * (2 * panel + 2), 64) * 64
+    padded_blocks = _power_of_two(blocks)
+    stride = (4 * panel + 1 + padded_blocks) * n + -(-group * (2 * panel + 2) // 64) * 64
     diagonal = matrices.new_empty(batch, n)
     off_diagonal = matrices.new_zeros(batch, n)
     work = matrices.new_empty(batch * stride)
     counter = torch.zeros(groups, dtype=torch.int32, device=matrices.device)
     # Programs of a group wait for each other, so all must run at once: a launch that cannot promise it fails instead of hanging.
-    options = {"launch_cooperative_grid": True} if group > 1 else {}
+    options: dict[str, Any] = {"launch_cooperative_grid": True} if group > 1 else {}
     if single:
         options["maxnreg"] = 128
     _tridiagonalize[(groups * group,)](
@@ -339,9 +344,9 @@ def bisect_roots(diagonal: Float[Tensor, "N n"], off_diagonal: Float[Tensor, "N 
         Roots, descending, each within 2^-23 (float32) or 2^-30 (float64) of the largest; negative eigenvalues give about 0.
     """
     batch, n = diagonal.shape
-    size = triton.next_power_of_2(n)
+    size = _power_of_two(n)
     lanes = min(size, 512)
-    blocks = triton.cdiv(n, lanes)
+    blocks = -(-n // lanes)
     steps = (23 if diagonal.dtype == torch.float32 else 30) - (lanes.bit_length() - 1)
     out = torch.empty_like(diagonal)
     e2 = torch.empty(batch * blocks, n, dtype=diagonal.dtype, device=diagonal.device)
