@@ -15,12 +15,13 @@ import tyro
 from selector.cli.command import Command
 from selector.cli.demo import DemoCommand
 from selector.cli.export import ExportCommand
-from selector.cli.index import IndexCommand, SearchCommand
+from selector.cli.index import IndexCommand
 from selector.cli.inspect import InfoCommand, VerifyCommand
 from selector.cli.merge import MergeCommand
 from selector.cli.replay import RunCommand
 from selector.cli.report import ReportCommand
 from selector.cli.score import ScoreCommand
+from selector.cli.search import SearchCommand
 from selector.cli.select import SelectCommand
 from selector.cli.transfer import TransferCommand
 from selector.errors import SelectorError
@@ -47,12 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("selector").setLevel(logging.INFO)
     choices = tuple(Annotated[command, tyro.conf.subcommand(command.name)] for command in COMMANDS)
     command = tyro.cli(  # pyright: ignore[reportCallIssue]
-        Union[choices],  # pyright: ignore[reportArgumentType]
+        Union[choices],  # noqa: UP007  # pyright: ignore[reportArgumentType]
         prog="selector",
         description=DESCRIPTION,
         args=words or ["--help"],
         config=(tyro.conf.FlagCreatePairsOff,),
-    )  # noqa: UP007
+    )
     try:
         return command.run()
     except SelectorError as error:
