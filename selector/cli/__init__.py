@@ -18,6 +18,7 @@ from selector.cli.export import ExportCommand
 from selector.cli.index import IndexCommand, SearchCommand
 from selector.cli.inspect import InfoCommand, VerifyCommand
 from selector.cli.merge import MergeCommand
+from selector.cli.plot import PlotCommand
 from selector.cli.replay import RunCommand
 from selector.cli.report import ReportCommand
 from selector.cli.score import ScoreCommand
@@ -27,7 +28,7 @@ from selector.errors import SelectorError
 
 COMMANDS: tuple[type[Command], ...] = (
     DemoCommand, ScoreCommand, InfoCommand, VerifyCommand, MergeCommand, IndexCommand, SearchCommand, SelectCommand,
-    ExportCommand, ReportCommand, TransferCommand, RunCommand,
+    ExportCommand, ReportCommand, PlotCommand, TransferCommand, RunCommand,
 )  # fmt: skip
 
 DESCRIPTION = "Choose post-training data by what each sample would do to the model."
