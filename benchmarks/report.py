@@ -34,7 +34,7 @@ GOALS = {"seconds": 60.0, "peak_gb": 1.5, "page_mb": 5.0}
 
 
 def make_store(folder: Path, n: int) -> None:
-    """A feature store and its rows: effective rank grows with length, norms fall; sources differ a little."""
+    """A feature store and its rows: effective rank grows with length, norms fall; one row in a hundred repeats another."""
     from selector.store import StoreWriter
     from selector.store.schema import Manifest
     from selector.store.writer import create
@@ -63,7 +63,9 @@ def make_store(folder: Path, n: int) -> None:
             }  # fmt: skip
             for sign, name in zip((0.7, -0.5, -0.6, -0.6), MEASURES, strict=True):
                 noise = own + rng.normal(size=(len(rows), len(layers)), scale=0.2)
-                known[name] = list((n_tokens[:, None] ** sign * np.exp(noise)).astype(np.float32))
+                values = (n_tokens[:, None] ** sign * np.exp(noise)).astype(np.float32)
+                values[1::100] = values[0::100][: len(values[1::100])]  # near-duplicates
+                known[name] = list(values)
             columns = [pa.array(known[f.name], f.type) if f.name in known else pa.nulls(len(rows), f.type) for f in writer.schema]
             writer.write(pa.Table.from_arrays(columns, schema=writer.schema))
             for i, name in zip(rows.tolist(), source.tolist(), strict=True):

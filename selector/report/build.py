@@ -28,8 +28,8 @@ from selector.types import Scores
 if TYPE_CHECKING:
     import datasets
 
-NEAR_DUPLICATE = 0.99
-"""Lowest cosine of near-duplicates: standardized spectra of unrelated samples reach 0.95."""
+NEAR_DUPLICATE = 0.999
+"""Lowest cosine of near-duplicates; standardized spectra of unrelated samples of one length reach 0.99."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
