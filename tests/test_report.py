@@ -224,7 +224,7 @@ def test_hostile_text_is_shown_and_never_markup(report):
     assert "&lt;script&gt;window.hacked = 1&lt;/script&gt; prompt" in page
     assert "{{ 7 * 7 }}" in page
     assert "\u202e" not in page
-    assert "⟨U+202E⟩ ␇ end" in page
+    assert "⟨U+202E⟩ ⟨U+0007⟩ end" in page
 
 
 def test_page_asks_for_nothing_from_elsewhere(report):
@@ -238,7 +238,7 @@ def test_numbers_axes_and_text_for_people():
     assert Axis("x", 10, 2000, logarithmic=True).ticks() == [10, 30, 100, 300, 1000]
     np.testing.assert_allclose(Axis("x", 1, 100, logarithmic=True).place(np.array([1.0, 10.0, 100.0])), [0, 0.5, 1])
     assert Axis("x", 0, 1).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert str(text_of("<b>\x00\u2066")) == "&lt;b&gt;␀⟨U+2066⟩"
+    assert str(text_of("<b>\x00\u2066")) == "&lt;b&gt;⟨U+0000⟩⟨U+2066⟩"
 
 
 def test_command_finds_scores_control_and_texts_by_itself(store, rows, tmp_path, capsys):

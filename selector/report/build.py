@@ -28,8 +28,8 @@ from selector.types import Scores
 if TYPE_CHECKING:
     import datasets
 
-NEAR_DUPLICATE = 0.99
-"""Lowest cosine of near-duplicates: standardized spectra of unrelated samples reach 0.95."""
+NEAR_DUPLICATE = 0.999
+"""Lowest cosine of near-duplicates; standardized spectra of unrelated samples of one length reach 0.99."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,11 +133,13 @@ def build_report(evidence: Evidence) -> Report:
 def _similarity(index: GradientIndex, store: FeatureStore, scores: Scores, texts: samples.Texts | None, about: dict[str, Any]) -> dict[str, pa.Table]:
     similar.check_index(index, store)
     rows = dict(zip(scores.ids.tolist(), scores.rows.tolist(), strict=True))
-    found = {"opposing": similar.opposing_table(index, rows, texts)}
+    pa.default_memory_pool().release_unused()  # what the readers of shards have freed is kept until then
     about["index"] = {"description": index.description, "asked": min(similar.QUERIES, len(index))}
+    found: dict[str, pa.Table] = {}
     if index.plan.metric == "cosine":
         found["clusters"], clusters, repeated = similar.clusters_table(index, rows, texts, NEAR_DUPLICATE)
         about["index"] |= {"threshold": NEAR_DUPLICATE, "clusters": clusters, "repeated": repeated}
+    found["opposing"] = similar.opposing_table(index, rows, texts)
     return found
 
 

@@ -7,6 +7,7 @@ are classes of the page's style sheet. Whatever text comes from outside is escap
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import numpy as np
 from jaxtyping import Float
 from markupsafe import Markup, escape
 
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Characters that show nothing but change what follows."""
 SHADES = 12
 WIDTH, HEIGHT = 380, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 40
@@ -204,13 +207,13 @@ def text_of(value: object) -> Markup:
     Args:
         value: anything with a string.
     """
-    return escape("".join(_visible(c) for c in str(value)))
+    return escape(visible(str(value)))
 
 
-def _visible(character: str) -> str:
-    code = ord(character)
-    if code < 32 and character not in "\n\t":
-        return chr(0x2400 + code)
-    if code == 127 or 0x80 <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069:
-        return f"⟨U+{code:04X}⟩"
-    return character
+def visible(text: str) -> str:
+    """Text in which control characters, those of writing direction included, are shown by their numbers.
+
+    Args:
+        text: any.
+    """
+    return HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
