@@ -50,10 +50,16 @@ def pair(row: dict[str, Any]) -> dict[str, str]:
         turns = {turn["from"]: turn["value"] for turn in reversed(row["conversations"])}
         prompt, completion = turns.get("human", ""), turns.get("gpt", "")
     elif "question" in row:
-        prompt, completion = row["question"], f"{row.get('deepseek_thinking_trajectory', '')}\n{row.get('deepseek_attempt', '')}"
+        prompt, completion = (
+            row["question"],
+            f"{row.get('deepseek_thinking_trajectory', '')}\n{row.get('deepseek_attempt', '')}",
+        )
     else:
         prompt = row.get("instruction") or row.get("prompt") or ""
-        prompt, completion = f"{prompt}\n{row['input']}" if row.get("input") else prompt, row.get("output") or row.get("completion") or ""
+        prompt, completion = (
+            f"{prompt}\n{row['input']}" if row.get("input") else prompt,
+            row.get("output") or row.get("completion") or "",
+        )
     return {"prompt": prompt.rstrip("\n") + "\n", "completion": completion}
 
 
@@ -64,7 +70,9 @@ def rows_of(pool: str, count: int, seed: int) -> datasets.Dataset:
     taken = [name for name in ("id", "prompt", "completion") if name in rows.column_names]
     pairs = datasets.Dataset.from_list([pair(row) for row in rows])
     rows = datasets.concatenate_datasets([rows.remove_columns(taken), pairs], axis=1)
-    return rows.filter(lambda row: bool(row["completion"].strip())).map(lambda row, i: {"id": str(i)}, with_indices=True)
+    return rows.filter(lambda row: bool(row["completion"].strip())).map(
+        lambda row, i: {"id": str(i)}, with_indices=True
+    )
 
 
 def auc(high: np.ndarray, low: np.ndarray) -> float:
@@ -82,16 +90,23 @@ def show(store: selector.FeatureStore, metric: np.ndarray, each: int, title: str
     low, high = order[:each], order[-each:]
     print(f"\n{title}: {each} highest against {each} lowest")
     tokens = store.to_arrow(["n_loss_tokens"])["n_loss_tokens"].to_numpy()
-    print(f"  response length alone: AUC {auc(tokens[high], tokens[low]):.3f}, median {np.median(tokens[high]):.0f} against {np.median(tokens[low]):.0f} tokens")
+    print(
+        f"  response length alone: AUC {auc(tokens[high], tokens[low]):.3f}, median {np.median(tokens[high]):.0f} against {np.median(tokens[low]):.0f} tokens"
+    )
     for measure in MEASURES:
         values = store.features(measure)
         scores = selector.score(store, measure)
         sign = 1 if scores.provenance["higher_first"] else -1
-        raw, controlled = auc(scores.raw[high], scores.raw[low]), auc(sign * scores.values[high], sign * scores.values[low])
+        raw, controlled = (
+            auc(scores.raw[high], scores.raw[low]),
+            auc(sign * scores.values[high], sign * scores.values[low]),
+        )
         print(f"  {measure.replace('_', ' ')}: AUC {raw:.3f} raw, {controlled:.3f} with length controlled")
         for name in PROJECTIONS:
             columns = [spec.projection == name for spec in store.layers]
-            print(f"    {name}  high {values[high][:, columns].mean():10.4g}   low {values[low][:, columns].mean():10.4g}")
+            print(
+                f"    {name}  high {values[high][:, columns].mean():10.4g}   low {values[low][:, columns].mean():10.4g}"
+            )
 
 
 def main() -> None:
@@ -105,8 +120,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce_paper"))
     options = parser.parse_args()
 
-    config = selector.ScoreConfig(id_column="id", format="prompt-completion", projections=PROJECTIONS, truncation="truncate-completion", precision="high")
-    alone = selector.ScoreConfig(id_column="id", format="text", columns=("text=completion",), projections=("q",), layers=(0,), truncation="truncate-completion")
+    config = selector.ScoreConfig(
+        id_column="id",
+        format="prompt-completion",
+        projections=PROJECTIONS,
+        truncation="truncate-completion",
+        precision="high",
+    )
+    alone = selector.ScoreConfig(
+        id_column="id",
+        format="text",
+        columns=("text=completion",),
+        projections=("q",),
+        layers=(0,),
+        truncation="truncate-completion",
+    )
     for name in options.models:
         model, tokenizer = selector.load_model(name, "float32", device=PartialState().device)
         for pool in options.pools:
@@ -115,7 +143,10 @@ def main() -> None:
             store = selector.score_dataset(model, tokenizer, rows, folder / "features", config)
             if options.metric == "ifd":
                 without = selector.score_dataset(model, tokenizer, rows, folder / "response_alone", alone)
-                losses = [part.to_arrow(["loss"])["loss"].cast("float64").fill_null(float("nan")).to_numpy() for part in (store, without)]
+                losses = [
+                    part.to_arrow(["loss"])["loss"].cast("float64").fill_null(float("nan")).to_numpy()
+                    for part in (store, without)
+                ]
                 metric = losses[0] / losses[1]
             else:
                 metric = np.array(rows[options.metric], dtype=np.float64)

@@ -38,7 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TINY_MODEL), help="path or hub name")
     parser.add_argument("--data", default=str(POOL), help="what to select from")
-    parser.add_argument("--target", default=str(HELD_OUT), help="a few examples of what the training should make better")
+    parser.add_argument(
+        "--target", default=str(HELD_OUT), help="a few examples of what the training should make better"
+    )
     parser.add_argument("--id-column", default="id")
     parser.add_argument("--budget", default="10%", help="samples, percent or tokens: 500, 10%%, 200k tokens")
     parser.add_argument("--limit", type=int, help="score only the first so many rows of each file")
@@ -47,7 +49,9 @@ def main() -> None:
 
     state = PartialState()
     model, tokenizer = selector.load_model(options.model, device=state.device)
-    config = selector.ScoreConfig(id_column=options.id_column, sketch_dimension=16, projections=("q", "k", "v", "o"), limit=options.limit)
+    config = selector.ScoreConfig(
+        id_column=options.id_column, sketch_dimension=16, projections=("q", "k", "v", "o"), limit=options.limit
+    )
     pool, target = (
         selector.score_dataset(model, tokenizer, load_rows(path), options.output / name, config)
         for name, path in (("pool", options.data), ("target", options.target))
@@ -55,11 +59,17 @@ def main() -> None:
     if not state.is_main_process:
         return
     selection = selector.select(
-        selector.score(pool), budget=options.budget, policy="match-target", vectors=directions(pool), target=directions(target)
+        selector.score(pool),
+        budget=options.budget,
+        policy="match-target",
+        vectors=directions(pool),
+        target=directions(target),
     )
     selection.save(options.output / "selection.parquet")
     print(f"{options.output / 'selection.parquet'}: {len(selection):,} samples, {selection.n_tokens.sum():,} tokens")
-    print(f"look at them: selector report {options.output / 'pool'} {options.output / 'selection.parquet'} --data {options.data}")
+    print(
+        f"look at them: selector report {options.output / 'pool'} {options.output / 'selection.parquet'} --data {options.data}"
+    )
 
 
 if __name__ == "__main__":

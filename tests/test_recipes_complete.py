@@ -40,7 +40,13 @@ def calls(script: Path, folder: Path, arguments: list[str], **environment: str) 
         (programs / name).write_text(LOGGED.format(python=sys.executable))
         (programs / name).chmod(0o755)
     log = folder / "calls.jsonl"
-    known = {"PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(log), "ASSETS": str(HERE), "MODEL": str(TINY_MODEL), "DATA": str(POOL)}
+    known = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "CALLS": str(log),
+        "ASSETS": str(HERE),
+        "MODEL": str(TINY_MODEL),
+        "DATA": str(POOL),
+    }
     subprocess.run(["bash", script, *arguments], env=os.environ | known | environment, check=True, capture_output=True)
     return [json.loads(line) for line in log.read_text().splitlines()]
 
@@ -64,9 +70,19 @@ def test_header_says_hardware_time_and_memory_and_how_they_are_known(path):
         assert what == "Hardware" or re.search("measured|estimated", line)
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.stem not in ("export_frameworks", "qwen1.5b_sft_top_slurm_array")], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "script",
+    [s for s in SCRIPTS if s.stem not in ("export_frameworks", "qwen1.5b_sft_top_slurm_array")],
+    ids=lambda s: s.name,
+)
 def test_script_scores_selects_and_shows(script, tmp_path):
-    cluster = {"SLURM_JOB_NODELIST": "node[0-3]", "SLURM_NNODES": "4", "SLURM_JOB_ID": "7", "NODE": "0", "ADDRESS": "node0"}
+    cluster = {
+        "SLURM_JOB_NODELIST": "node[0-3]",
+        "SLURM_NNODES": "4",
+        "SLURM_JOB_ID": "7",
+        "NODE": "0",
+        "ADDRESS": "node0",
+    }
     found = calls(script, tmp_path, SMALL, OUT=str(tmp_path / "out"), **cluster)
     for call in found:
         if call[0] == "accelerate":
@@ -85,18 +101,39 @@ def test_array_task_scores_its_own_file(tmp_path):
     for i in range(3):
         (parts / f"{i:02}.jsonl").write_text("\n".join(lines[10 * i : 10 * i + 10]), encoding="utf-8")
     script = RECIPES / "qwen1.5b_sft_top_slurm_array.sh"
-    found = calls(script, tmp_path, [str(parts), "--layers", "0", "--projections", "q"], OUT=str(tmp_path / "out"), SLURM_ARRAY_TASK_ID="1")
+    found = calls(
+        script,
+        tmp_path,
+        [str(parts), "--layers", "0", "--projections", "q"],
+        OUT=str(tmp_path / "out"),
+        SLURM_ARRAY_TASK_ID="1",
+    )
     run_all(found)
     (row,) = (tmp_path / "out" / "01" / "subset" / "data.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(row)["id"] in {json.loads(line)["id"] for line in lines[10:20]}
 
 
 def test_exports_for_every_framework(tmp_path, pool):
-    assert main(["score", "--model", str(TINY_MODEL), "--data", str(POOL), "--out", str(tmp_path / "features"), *SMALL]) == 0
+    assert (
+        main(["score", "--model", str(TINY_MODEL), "--data", str(POOL), "--out", str(tmp_path / "features"), *SMALL])
+        == 0
+    )
     assert main(["select", str(tmp_path / "features"), "--out", str(tmp_path / "selection"), "--budget", "5"]) == 0
-    run_all(calls(RECIPES / "export_frameworks.sh", tmp_path, [str(tmp_path / "selection"), "--id-column", "id"], OUT=str(tmp_path / "out")))
+    run_all(
+        calls(
+            RECIPES / "export_frameworks.sh",
+            tmp_path,
+            [str(tmp_path / "selection"), "--id-column", "id"],
+            OUT=str(tmp_path / "out"),
+        )
+    )
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert files >= {"llama-factory/dataset_info.json", "axolotl/axolotl.yaml", "ms-swift/data.jsonl", "verl/data.parquet"}
+    assert files >= {
+        "llama-factory/dataset_info.json",
+        "axolotl/axolotl.yaml",
+        "ms-swift/data.jsonl",
+        "verl/data.parquet",
+    }
 
 
 def run_python(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -115,7 +152,20 @@ def test_target_matched_selects_by_sketches(tmp_path, monkeypatch, capsys):
 
 
 def test_paper_recipe_prints_its_tables(tmp_path, monkeypatch, capsys):
-    run_python("reproduce_paper.py", monkeypatch, "--models", TINY_MODEL, "--pools", POOL, "--rows", 16, "--each", 4, "--output", tmp_path)
+    run_python(
+        "reproduce_paper.py",
+        monkeypatch,
+        "--models",
+        TINY_MODEL,
+        "--pools",
+        POOL,
+        "--rows",
+        16,
+        "--each",
+        4,
+        "--output",
+        tmp_path,
+    )
     shown = capsys.readouterr().out
     assert "4 highest against 4 lowest" in shown
     assert "response length alone: AUC" in shown

@@ -100,6 +100,8 @@ def _named(paths: tuple[Path, ...], file: str) -> dict[str, Selection]:
     for path in paths:
         name = path.resolve().name if path.is_dir() else path.stem
         if name in found:
-            raise SelectionError("two selections have one name", got=name, allowed="directories of different names", fix="rename one")
+            raise SelectionError(
+                "two selections have one name", got=name, allowed="directories of different names", fix="rename one"
+            )
         found[name] = Selection.load(path / file if path.is_dir() else path)
     return found

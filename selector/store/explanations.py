@@ -78,8 +78,12 @@ def add_explanations(store: Path, fingerprint: str, added: pa.Table) -> None:
     """
     known = read_explanations(store, fingerprint)
     replaced = set(added["sample_id"].to_pylist())
-    kept = known.filter(pa.array([sample_id not in replaced for sample_id in known["sample_id"].to_pylist()], pa.bool_()))
+    kept = known.filter(
+        pa.array([sample_id not in replaced for sample_id in known["sample_id"].to_pylist()], pa.bool_())
+    )
     table = pa.concat_tables([kept, added.cast(SCHEMA)])
     sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps({"store": fingerprint})}), sink, compression="zstd")
+    pq.write_table(
+        table.replace_schema_metadata({METADATA_KEY: json.dumps({"store": fingerprint})}), sink, compression="zstd"
+    )
     write_atomically(store / EXPLANATIONS, sink.getvalue().to_pybytes())
