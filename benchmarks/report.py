@@ -41,11 +41,15 @@ def make_store(folder: Path, n: int) -> None:
     from selector.types import MEASURES, PROJECTIONS, LayerSpec
 
     layers = tuple(
-        LayerSpec(name=f"layers.{i}.{p}", layer=i, projection=p, in_features=64, out_features=64) for i in range(LAYERS) for p in PROJECTIONS
+        LayerSpec(name=f"layers.{i}.{p}", layer=i, projection=p, in_features=64, out_features=64)
+        for i in range(LAYERS)
+        for p in PROJECTIONS
     )
     cost = {"finished": "2026-01-01T00:00:00+00:00", "samples": n, "tokens": 500 * n, "seconds": 1.0, "device_seconds": 1.0,
             "epoch_ratio": 0.7, "store_bytes": 1, "tokens_per_batch": 1, "processes": 1, "device": "none"}  # fmt: skip
-    manifest = Manifest(identity={"model": "made up", "id_column": "id", "loss": "response"}, layers=layers, expected=n, cost=(cost,))
+    manifest = Manifest(
+        identity={"model": "made up", "id_column": "id", "loss": "response"}, layers=layers, expected=n, cost=(cost,)
+    )
     create(folder / "store", manifest)
     writer = StoreWriter(folder / "store", manifest)
     rng = np.random.default_rng(0)
@@ -66,10 +70,23 @@ def make_store(folder: Path, n: int) -> None:
                 values = (n_tokens[:, None] ** sign * np.exp(noise)).astype(np.float32)
                 values[1::100] = values[0::100][: len(values[1::100])]  # near-duplicates
                 known[name] = list(values)
-            columns = [pa.array(known[f.name], f.type) if f.name in known else pa.nulls(len(rows), f.type) for f in writer.schema]
+            columns = [
+                pa.array(known[f.name], f.type) if f.name in known else pa.nulls(len(rows), f.type)
+                for f in writer.schema
+            ]
             writer.write(pa.Table.from_arrays(columns, schema=writer.schema))
             for i, name in zip(rows.tolist(), source.tolist(), strict=True):
-                file.write(json.dumps({"id": f"sample-{i:08d}", "source": name, "prompt": f"question {i} " * 20, "completion": f"answer {i} " * 40}) + "\n")
+                file.write(
+                    json.dumps(
+                        {
+                            "id": f"sample-{i:08d}",
+                            "source": name,
+                            "prompt": f"question {i} " * 20,
+                            "completion": f"answer {i} " * 40,
+                        }
+                    )
+                    + "\n"
+                )
 
 
 def run(*words: str | Path) -> dict[str, float]:
@@ -92,7 +109,10 @@ def main() -> None:
         "samples": arguments.samples,
         "layers x projections": f"{LAYERS} x 7",
         "goals": GOALS,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("numpy", "pyarrow", "jinja2", "faiss-cpu")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("numpy", "pyarrow", "jinja2", "faiss-cpu")},
+        },
         "rows": {},
     }
     with tempfile.TemporaryDirectory() as name:
@@ -100,7 +120,15 @@ def main() -> None:
         make_store(folder, arguments.samples)
         run("select", folder / "store", "--out", folder / "selection")
         run("index", folder / "store", "--out", folder / "index")
-        words = ("report", folder / "store", folder / "selection", "--data", folder / "rows.jsonl", "--out", folder / "report.html")
+        words = (
+            "report",
+            folder / "store",
+            folder / "selection",
+            "--data",
+            folder / "rows.jsonl",
+            "--out",
+            folder / "report.html",
+        )
         for row, more in (("without index", ()), ("with index", ("--index", folder / "index"))):
             load = round(os.getloadavg()[0], 1)
             found = run(*words, *more) | {"page_mb": round((folder / "report.html").stat().st_size / 1e6, 2)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -32,7 +32,7 @@ COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56
 DASHES = ("-", "-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 WIDTH, HEIGHT = 6.75, 2.4
 """Inches: both columns of a paper, and one row of panels."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42, "svg.hashsalt": "selector", "legend.frameon": False, "text.parse_math": False,
 }  # fmt: skip
 """Text stays text in PDF, names with dollar signs too, and the same tables give the same SVG."""
@@ -53,14 +53,18 @@ def layers(report: Report) -> dict[str, Figure]:
         limit = contrast_limit(table, measure)
         for axes, group in zip(panels, ["pool", *chosen], strict=True):
             pool = group == "pool"
-            values, rows, columns = grid(where(table, measure=measure, group=group), "mean" if pool else "ratio_to_pool")
-            ends = {"cmap": "cividis"} if pool else {"cmap": "PuOr", "vmin": -limit, "vmax": limit}
+            values, rows, columns = grid(
+                where(table, measure=measure, group=group), "mean" if pool else "ratio_to_pool"
+            )
+            ends: dict[str, Any] = {"cmap": "cividis"} if pool else {"cmap": "PuOr", "vmin": -limit, "vmax": limit}
             image = axes.imshow(values if pool else 100 * (values - 1), aspect="auto", interpolation="nearest", **ends)
             axes.set_title(group if pool else f"{visible(group).replace(': ', chr(10))}\nminus pool", fontsize=7)
             axes.set(xlabel="layer", yticks=range(len(rows)), yticklabels=rows)
             every = range(0, len(columns), max(1, len(columns) // 6))
             axes.set(xticks=list(every), xticklabels=[str(columns[i]) for i in every])
-            figure.colorbar(image, ax=axes, label=f"{measure.replace('_', ' ')} ({UNITS[measure]})" if pool else "difference (%)")
+            figure.colorbar(
+                image, ax=axes, label=f"{measure.replace('_', ' ')} ({UNITS[measure]})" if pool else "difference (%)"
+            )
         found[f"layers_{measure}"] = figure
     return found
 
@@ -107,7 +111,10 @@ def distributions(report: Report) -> dict[str, Figure]:
                 edges = np.append(part["low"].to_numpy(), part["high"].to_numpy()[-1:])
                 axes.stairs(part["share"].to_numpy(), edges, color=color, linestyle=dash, label=visible(group))
                 _scale(axes.xaxis, edges)
-            axes.set(xlabel="tokens" if variable == "tokens" else label(report.about["by"], variable), ylabel="share of samples")
+            axes.set(
+                xlabel="tokens" if variable == "tokens" else label(report.about["by"], variable),
+                ylabel="share of samples",
+            )
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
         found[f"distributions_{name}"] = figure
     return found
@@ -128,7 +135,12 @@ def spectra(report: Report) -> dict[str, Figure]:
         for sigma, name, layer in zip(entry["spectra"], names, depth.tolist(), strict=True):
             if sigma:
                 axes = panels[shown.index(name)]
-                axes.loglog(range(1, len(sigma) + 1), sigma, color=mpl.colormaps["cividis"](layer / max(int(depth.max()), 1)), linewidth=0.8)
+                axes.loglog(
+                    range(1, len(sigma) + 1),
+                    sigma,
+                    color=mpl.colormaps["cividis"](layer / max(int(depth.max()), 1)),
+                    linewidth=0.8,
+                )
         for axes, name in zip(panels, shown, strict=True):
             _plain(axes.xaxis, axes.yaxis)
             axes.set(title=name, xlabel="number", ylabel="singular value (loss per weight)")
@@ -137,7 +149,12 @@ def spectra(report: Report) -> dict[str, Figure]:
     return found
 
 
-FIGURES: dict[str, Callable[[Report], dict[str, Figure]]] = {"layers": layers, "length": length, "distributions": distributions, "spectra": spectra}
+FIGURES: dict[str, Callable[[Report], dict[str, Figure]]] = {
+    "layers": layers,
+    "length": length,
+    "distributions": distributions,
+    "spectra": spectra,
+}
 
 
 def save(report: Report, names: tuple[str, ...], folder: Path, kind: Literal["pdf", "png", "svg"]) -> list[Path]:
@@ -158,7 +175,11 @@ def save(report: Report, names: tuple[str, ...], folder: Path, kind: Literal["pd
         for name in names:
             for title, figure in FIGURES[name](report).items():
                 written.append(folder / f"{title}.{kind}")
-                figure.savefig(written[-1], dpi=300, metadata=None if kind == "png" else {"Date": None} if kind == "svg" else {"CreationDate": None})
+                figure.savefig(
+                    written[-1],
+                    dpi=300,
+                    metadata=None if kind == "png" else {"Date": None} if kind == "svg" else {"CreationDate": None},
+                )
     return written
 
 
@@ -174,7 +195,9 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 def _cells(axes: Axes, table: pa.Table) -> PolyCollection:
     left, right, low, high = (table[name].to_numpy() for name in ("tokens_low", "tokens_high", "low", "high"))
-    corners = np.stack([np.stack([x, y], axis=1) for x, y in ((left, low), (left, high), (right, high), (right, low))], axis=1)
+    corners = np.stack(
+        [np.stack([x, y], axis=1) for x, y in ((left, low), (left, high), (right, high), (right, low))], axis=1
+    )
     counts = table["samples"].to_numpy()
     norm = LogNorm(1, max(int(counts.max(initial=1)), 2))
     image = PolyCollection(list(corners), array=counts, norm=norm, cmap="cividis", edgecolors="none")
@@ -188,7 +211,7 @@ def _cells(axes: Axes, table: pa.Table) -> PolyCollection:
 def _scale(axis: Axis, edges: np.ndarray) -> None:
     """A logarithmic axis where bins grow by a factor."""
     if len(edges) > 2 and edges[0] > 0 and edges[-1] - edges[-2] > 1.01 * (edges[1] - edges[0]):
-        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.axes.set(**{"xscale" if axis is axis.axes.xaxis else "yscale": "log"})
         _plain(axis)
 
 

@@ -82,11 +82,16 @@ def test_layer_means_are_geometric_means_of_each_group(report, evidence):
     features = {name: evidence.store.features(name) for name in ("effective_rank", "frobenius_norm", "spectral_norm")}
     features["stable_rank"] = np.square(features["frobenius_norm"] / features["spectral_norm"])
     specs = [(spec.layer, spec.projection) for spec in evidence.store.layers]
-    groups = {"pool": np.flatnonzero(np.isfinite(evidence.scores["effective_rank"].values)), "chosen": evidence.selections["chosen"].rows}
+    groups = {
+        "pool": np.flatnonzero(np.isfinite(evidence.scores["effective_rank"].values)),
+        "chosen": evidence.selections["chosen"].rows,
+    }
     checked = 0
     for entry in table:
         if entry["group"] in groups and entry["measure"] in features:
-            values = features[entry["measure"]][groups[entry["group"]], specs.index((entry["layer"], entry["projection"]))]
+            values = features[entry["measure"]][
+                groups[entry["group"]], specs.index((entry["layer"], entry["projection"]))
+            ]
             assert entry["mean"] == pytest.approx(np.exp(np.log(values).mean()), rel=1e-5)
             assert entry["samples"] == len(values)
             checked += 1
@@ -177,7 +182,10 @@ def test_contributions_and_spectra_are_those_of_the_gradients(report, store, mod
     names = [spec.name for spec in store.layers]
     modules = {name: module for name, module in model.named_modules() if name in names}
     model = model.eval().double()
-    handles = [m.register_forward_hook(lambda m, i, o, n=n: seen.update({n: [i[0], o]}) or o.retain_grad()) for n, m in modules.items()]
+    handles = [
+        m.register_forward_hook(lambda m, i, o, n=n: seen.update({n: [i[0], o]}) or o.retain_grad())
+        for n, m in modules.items()
+    ]
     tokens = torch.tensor([ids])
     labels = tokens.clone()
     labels[:, : len(prompt)] = -100
@@ -234,7 +242,15 @@ def test_page_asks_for_nothing_from_elsewhere(report):
 
 
 def test_numbers_axes_and_text_for_people():
-    assert [number(v) for v in (0, 12, 1234567.0, 0.1234, 1e-9, None, float("nan"))] == ["0", "12", "1.23e+06", "0.123", "1e-09", "–", "–"]
+    assert [number(v) for v in (0, 12, 1234567.0, 0.1234, 1e-9, None, float("nan"))] == [
+        "0",
+        "12",
+        "1.23e+06",
+        "0.123",
+        "1e-09",
+        "–",
+        "–",
+    ]
     assert Axis("x", 10, 2000, logarithmic=True).ticks() == [10, 30, 100, 300, 1000]
     np.testing.assert_allclose(Axis("x", 1, 100, logarithmic=True).place(np.array([1.0, 10.0, 100.0])), [0, 0.5, 1])
     assert Axis("x", 0, 1).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
@@ -246,7 +262,15 @@ def test_command_finds_scores_control_and_texts_by_itself(store, rows, tmp_path,
 
     rows.to_json(tmp_path / "rows.jsonl")
     assert main(["select", str(store.path), "--budget", "20%", "--out", str(tmp_path / "sel")]) == 0
-    arguments = ["report", str(store.path), str(tmp_path / "sel"), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "report.html")]
+    arguments = [
+        "report",
+        str(store.path),
+        str(tmp_path / "sel"),
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--out",
+        str(tmp_path / "report.html"),
+    ]
     assert main([*arguments, "--tables", str(tmp_path / "tables")]) == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "sel: matched random" in page

@@ -13,7 +13,14 @@ from selector.report import render
 
 pytestmark = needs_browser
 
-AXE = next((path for folder in ("node_modules", os.environ.get("NODE_PATH", "node_modules")) if (path := Path(folder, "axe-core", "axe.min.js")).is_file()), None)
+AXE = next(
+    (
+        path
+        for folder in ("node_modules", os.environ.get("NODE_PATH", "node_modules"))
+        if (path := Path(folder, "axe-core", "axe.min.js")).is_file()
+    ),
+    None,
+)
 """The accessibility checker axe-core, where `npm install axe-core` has put it."""
 
 CONTRAST = """(() => {
@@ -72,8 +79,15 @@ def test_hostile_text_is_inert_and_visible(page, path):
     open_all(page)
     assert page.ask("typeof window.hacked") == "undefined"
     assert page.ask("document.scripts.length") == 1
-    assert page.ask("document.querySelectorAll('img, iframe, object, embed, link, a[href^=\"javascript\"]').length") == 0
-    assert page.ask("[...document.querySelectorAll('*')].filter(n => [...n.attributes].some(a => a.name.startsWith('on'))).length") == 0
+    assert (
+        page.ask("document.querySelectorAll('img, iframe, object, embed, link, a[href^=\"javascript\"]').length") == 0
+    )
+    assert (
+        page.ask(
+            "[...document.querySelectorAll('*')].filter(n => [...n.attributes].some(a => a.name.startsWith('on'))).length"
+        )
+        == 0
+    )
     shown = page.ask("document.body.innerText")
     for text in HOSTILE[:3]:
         assert f"{text} prompt" in shown
@@ -94,7 +108,9 @@ def test_everything_can_be_reached_and_read_with_the_keyboard(page, path):
     names = []
     for _ in range(40):
         page.press("Tab")
-        names.append(page.ask("document.activeElement.tagName + '.' + (document.activeElement.getAttribute('class') || '')"))
+        names.append(
+            page.ask("document.activeElement.tagName + '.' + (document.activeElement.getAttribute('class') || '')")
+        )
         assert page.ask("getComputedStyle(document.activeElement).outlineStyle") != "none"
     assert names[0] == "BUTTON."
     assert "A." in names
@@ -122,5 +138,7 @@ def test_axe_finds_nothing(page, path, dark):
     page.open(path, dark=dark)
     open_all(page)
     page.ask(AXE.read_text(encoding="utf-8") + "; 0")
-    found = page.ask("axe.run().then(r => r.violations.map(v => [v.id, v.nodes.length, v.nodes[0].html.slice(0, 200), v.nodes[0].failureSummary]))")
+    found = page.ask(
+        "axe.run().then(r => r.violations.map(v => [v.id, v.nodes.length, v.nodes[0].html.slice(0, 200), v.nodes[0].failureSummary]))"
+    )
     assert found == []

@@ -67,7 +67,9 @@ def diagnose(machine: Machine, requirements: list[str]) -> list[Remark]:
         have = machine.versions.get(requirement.name)
         if have is not None and not requirement.specifier.contains(have, prereleases=True):
             text = f"{requirement.name} {have} is out of range, {requirement.specifier} is needed"
-            found.append(Remark(problem=True, text=text, fix=f"pip install '{requirement.name}{requirement.specifier}'"))
+            found.append(
+                Remark(problem=True, text=text, fix=f"pip install '{requirement.name}{requirement.specifier}'")
+            )
     if {"faiss-cpu", "faiss-gpu"} <= set(machine.versions):
         text = "faiss-cpu and faiss-gpu overwrite each other's files"
         found.append(Remark(problem=True, text=text, fix="pip uninstall faiss-cpu faiss-gpu, then install one of them"))
@@ -90,7 +92,13 @@ def diagnose(machine: Machine, requirements: list[str]) -> list[Remark]:
         found.append(Remark(problem=False, text=text, fix="load the model without Liger when scoring"))
     for module, (extra, purpose) in NEEDED_FOR.items():
         if module not in machine.extras:
-            found.append(Remark(problem=False, text=f"no {module}: needed for {purpose}", fix=f"pip install 'gradient-selector[{extra}]'"))
+            found.append(
+                Remark(
+                    problem=False,
+                    text=f"no {module}: needed for {purpose}",
+                    fix=f"pip install 'gradient-selector[{extra}]'",
+                )
+            )
     return found
 
 
@@ -140,12 +148,23 @@ class DoctorCommand(Command):
         out = console()
         table = Table("", "", show_header=False, title="this machine")
         table.add_row("python", f"{platform.python_version()}, {sys.executable}")
-        table.add_row("processors", f"{os.cpu_count()} cores, {platform.machine()}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}")
-        table.add_row("torch", f"{machine.versions['torch']}, {'CUDA ' + machine.cuda if machine.cuda else 'CPU build'}")
-        table.add_row("GPUs", "\n".join(f"{name}, {architecture}" for name, architecture in machine.gpus.items()) or "none that torch reaches")
+        table.add_row(
+            "processors",
+            f"{os.cpu_count()} cores, {platform.machine()}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}",
+        )
+        table.add_row(
+            "torch", f"{machine.versions['torch']}, {'CUDA ' + machine.cuda if machine.cuda else 'CPU build'}"
+        )
+        table.add_row(
+            "GPUs",
+            "\n".join(f"{name}, {architecture}" for name, architecture in machine.gpus.items())
+            or "none that torch reaches",
+        )
         reach = [device for device in ("cpu", "cuda") if "faiss" in machine.extras and installed(device)]
         table.add_row("FAISS searches on", ", ".join(reach) or "nothing: torch takes its place")
-        table.add_row("libraries", ", ".join(f"{name} {have}" for name, have in machine.versions.items() if name != "torch"))
+        table.add_row(
+            "libraries", ", ".join(f"{name} {have}" for name, have in machine.versions.items() if name != "torch")
+        )
         out.print(table)
         try:
             requirements = requires("gradient-selector") or []
@@ -153,7 +172,9 @@ class DoctorCommand(Command):
             requirements = []
         remarks = diagnose(machine, requirements)
         for remark in sorted(remarks, key=lambda remark: not remark.problem):
-            out.print(f"{'problem' if remark.problem else 'note'}: {remark.text}\n  fix:     {remark.fix}", markup=False)
+            out.print(
+                f"{'problem' if remark.problem else 'note'}: {remark.text}\n  fix:     {remark.fix}", markup=False
+            )
         problems = sum(remark.problem for remark in remarks)
         out.print(f"{problems} problems" if problems else "no problems found", markup=False)
         out.print(f"completion of words in the shell: {COMPLETION}", markup=False)

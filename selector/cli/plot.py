@@ -23,14 +23,21 @@ class PlotCommand(EvidenceCommand):
 
     out: Path = Path("figures")
     """Directory of the figures."""
-    figures: tuple[Literal["layers", "length", "distributions", "spectra"], ...] = ("layers", "length", "distributions", "spectra")
+    figures: tuple[Literal["layers", "length", "distributions", "spectra"], ...] = (
+        "layers",
+        "length",
+        "distributions",
+        "spectra",
+    )
     """Which figures to draw; spectra are those of samples that were scored with --explain."""
     format: Literal["pdf", "png", "svg"] = "pdf"
     """Format of the files."""
 
     def run(self) -> int:
         if find_spec("matplotlib") is None:
-            raise ConfigError("figures need matplotlib", got="no matplotlib", fix="pip install 'gradient-selector[plots]'")
+            raise ConfigError(
+                "figures need matplotlib", got="no matplotlib", fix="pip install 'gradient-selector[plots]'"
+            )
         from selector.plots import save
         from selector.report import build_report
 

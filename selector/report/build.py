@@ -130,7 +130,9 @@ def build_report(evidence: Evidence) -> Report:
     return Report(tables, about)
 
 
-def _similarity(index: GradientIndex, store: FeatureStore, scores: Scores, texts: samples.Texts | None, about: dict[str, Any]) -> dict[str, pa.Table]:
+def _similarity(
+    index: GradientIndex, store: FeatureStore, scores: Scores, texts: samples.Texts | None, about: dict[str, Any]
+) -> dict[str, pa.Table]:
     similar.check_index(index, store)
     rows = dict(zip(scores.ids.tolist(), scores.rows.tolist(), strict=True))
     pa.default_memory_pool().release_unused()  # what the readers of shards have freed is kept until then

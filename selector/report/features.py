@@ -62,7 +62,9 @@ def layer_means(store: FeatureStore, groups: Sequence[Group]) -> pa.Table:
     )
 
 
-def _sums(store: FeatureStore, groups: Sequence[Group]) -> tuple[Float[np.ndarray, "G M F"], Float[np.ndarray, "G M F"]]:
+def _sums(
+    store: FeatureStore, groups: Sequence[Group]
+) -> tuple[Float[np.ndarray, "G M F"], Float[np.ndarray, "G M F"]]:
     """Sum of logarithms and number of positive values."""
     width = len(store.layers)
     logs = np.zeros((len(groups), len(MEASURES), width))

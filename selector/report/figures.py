@@ -74,7 +74,9 @@ def mean_map(layers: pa.Table, measure: str, group: str) -> Markup:
     """
     values, rows, columns = grid(where(layers, measure=measure, group=group), "mean")
     shown = np.log(values) if (np.nanmax(values, initial=0) > 10 * np.nanmin(values, initial=np.inf) > 0) else values
-    return svg.heat_map(values, rows, columns, limit=None, shading=shown, text=f"{measure} of {group}, by layer and projection")
+    return svg.heat_map(
+        values, rows, columns, limit=None, shading=shown, text=f"{measure} of {group}, by layer and projection"
+    )
 
 
 def contrast_map(layers: pa.Table, measure: str, group: str, limit: float) -> Markup:
@@ -88,7 +90,9 @@ def contrast_map(layers: pa.Table, measure: str, group: str, limit: float) -> Ma
     """
     values, rows, columns = grid(where(layers, measure=measure, group=group), "ratio_to_pool")
     percent = 100 * (values - 1)
-    return svg.heat_map(percent, rows, columns, limit=limit, shading=percent, text=f"{measure} of {group} minus the pool, percent")
+    return svg.heat_map(
+        percent, rows, columns, limit=limit, shading=percent, text=f"{measure} of {group} minus the pool, percent"
+    )
 
 
 def contrast_limit(layers: pa.Table, measure: str) -> float:
@@ -154,7 +158,9 @@ def spectrum_figure(spectra: list[list[float] | None], projections: list[str], p
         projections: of each entry of the layer table.
         projection: which one is drawn.
     """
-    chosen = [np.array(s) for s, name in zip(spectra, projections, strict=True) if name == projection and s and s[0] > 0]
+    chosen = [
+        np.array(s) for s, name in zip(spectra, projections, strict=True) if name == projection and s and s[0] > 0
+    ]
     if not chosen:
         return Markup("")
     longest = max(len(s) for s in chosen)

@@ -107,7 +107,9 @@ def sources_table(scores: Scores, selections: Mapping[str, Selection]) -> pa.Tab
     return pa.table(columns)
 
 
-def comparison_table(scores: Scores, selections: Mapping[str, Selection], controls: Mapping[str, Selection]) -> pa.Table:
+def comparison_table(
+    scores: Scores, selections: Mapping[str, Selection], controls: Mapping[str, Selection]
+) -> pa.Table:
     """The pool, each selection and its control side by side.
 
     Args:
@@ -163,10 +165,14 @@ def refused_table(samples: pa.Table, selections: Mapping[str, Selection]) -> pa.
         selections: by name.
     """
     statuses = Counter(samples["status"].to_pylist())
-    records = [{"by": "scoring", "reason": status, "samples": n} for status, n in statuses.most_common() if status != "ok"]
+    records = [
+        {"by": "scoring", "reason": status, "samples": n} for status, n in statuses.most_common() if status != "ok"
+    ]
     if cut := sum(samples["truncated"].to_pylist()):
         records.append({"by": "scoring", "reason": "truncated, and scored as what is left", "samples": cut})
     for name, selection in selections.items():
-        records += [{"by": name, "reason": what, "samples": n} for what, n in selection.provenance.get("removed", {}).items()]
+        records += [
+            {"by": name, "reason": what, "samples": n} for what, n in selection.provenance.get("removed", {}).items()
+        ]
     schema = pa.schema([("by", pa.string()), ("reason", pa.string()), ("samples", pa.int64())])
     return pa.Table.from_pylist(records, schema=schema)

@@ -57,9 +57,21 @@ def render(report: Report) -> str:
     script, style = (assets.joinpath(name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     loader = jinja2.FunctionLoader(lambda name: assets.joinpath(name).read_text(encoding="utf-8"))
     environment = jinja2.Environment(
-        autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_finalize
+        autoescape=True,
+        loader=loader,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
     )
-    environment.filters |= {"number": number, "percent": _percent, "signed": _signed, "duration": _duration, "yaml": _yaml, "words": lambda name: str(name).replace("_", " ")}
+    environment.filters |= {
+        "number": number,
+        "percent": _percent,
+        "signed": _signed,
+        "duration": _duration,
+        "yaml": _yaml,
+        "words": lambda name: str(name).replace("_", " "),
+    }
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html.jinja").render(
         script=Markup(script), style=Markup(style), digest=digest, **page_context(report)
@@ -73,7 +85,11 @@ def page_context(report: Report) -> dict[str, Any]:
         report: its tables and facts.
     """
     tables, about = report.tables, report.about
-    records = {name: table.to_pylist() for name, table in tables.items() if name not in ("cells", "lines", "distributions", "layers")}
+    records = {
+        name: table.to_pylist()
+        for name, table in tables.items()
+        if name not in ("cells", "lines", "distributions", "layers")
+    }
     groups = [r["group"] for r in records["comparison"]]
     by = about["by"]
     sources = list(dict.fromkeys(where(tables["distributions"], kind="source")["group"].to_pylist()))
@@ -152,12 +168,26 @@ def _maps(layers: pa.Table) -> list[dict[str, Any]]:
     found = []
     for measure in (*MEASURES, "stable_rank"):
         limit = figures.contrast_limit(layers, measure)
-        contrasts = [(g, figures.contrast_map(layers, measure, g, limit)) for g, kind in kinds.items() if kind in ("selection", "control")]
+        contrasts = [
+            (g, figures.contrast_map(layers, measure, g, limit))
+            for g, kind in kinds.items()
+            if kind in ("selection", "control")
+        ]
         sources = [(g, figures.mean_map(layers, measure, g)) for g, kind in kinds.items() if kind == "source"]
         means = where(layers, measure=measure, kind="pool")["mean"].drop_null().to_numpy()
         ends = {"low": float(means.min()), "high": float(means.max())} if len(means) else {"low": None, "high": None}
         pool = figures.mean_map(layers, measure, "pool")
-        found.append({"measure": measure, "unit": UNITS[measure], **ends, "pool": pool, "contrasts": contrasts, "limit": limit, "sources": sources})
+        found.append(
+            {
+                "measure": measure,
+                "unit": UNITS[measure],
+                **ends,
+                "pool": pool,
+                "contrasts": contrasts,
+                "limit": limit,
+                "sources": sources,
+            }
+        )
     return found
 
 
@@ -187,7 +217,10 @@ def token_view(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {
         "tokens": tokens[:TOKENS],
         "left": max(0, len(tokens) - TOKENS),
-        "strongest": [(entry["tokens"][i].strip() or repr(entry["tokens"][i]), i + 1, float(size[i] ** 2 / squares)) for i in order],
+        "strongest": [
+            (entry["tokens"][i].strip() or repr(entry["tokens"][i]), i + 1, float(size[i] ** 2 / squares))
+            for i in order
+        ],
     }
 
 
@@ -197,6 +230,14 @@ def _spectra(explanations: list[dict[str, Any]], layers: pa.Table) -> list[dict[
     found = []
     for entry in explanations:
         if entry["spectra"]:
-            drawn = {name: figures.spectrum_figure(entry["spectra"], projections, name) for name in dict.fromkeys(projections)}
-            found.append({"sample_id": entry["sample_id"], "figures": {name: drawing for name, drawing in drawn.items() if drawing}})
+            drawn = {
+                name: figures.spectrum_figure(entry["spectra"], projections, name)
+                for name in dict.fromkeys(projections)
+            }
+            found.append(
+                {
+                    "sample_id": entry["sample_id"],
+                    "figures": {name: drawing for name, drawing in drawn.items() if drawing},
+                }
+            )
     return found

@@ -47,7 +47,9 @@ class Texts:
 
     def __init__(self, dataset: datasets.Dataset, manifest: Manifest) -> None:
         known = {field.name for field in fields(ScoreConfig)}
-        config = from_mapping(ScoreConfig, {k: v for k, v in manifest.identity.items() if k in known}, "the store's manifest")
+        config = from_mapping(
+            ScoreConfig, {k: v for k, v in manifest.identity.items() if k in known}, "the store's manifest"
+        )
         rollouts = recognize(dataset.column_names, ScoreConfig()) if config.unit == "rollout" else None
         if rollouts is not None and rollouts.format == "rollouts":
             dataset = one_row_per_rollout(dataset, rollouts)
@@ -98,7 +100,9 @@ def parts(role: str, value: Any) -> list[tuple[str, str]]:
     return [(role, json.dumps(value, ensure_ascii=False, default=str))]
 
 
-def samples_table(scores: Scores, samples: pa.Table, selections: Mapping[str, Selection], texts: Texts | None) -> pa.Table:
+def samples_table(
+    scores: Scores, samples: pa.Table, selections: Mapping[str, Selection], texts: Texts | None
+) -> pa.Table:
     """The samples that are shown, each once.
 
     Args:
@@ -116,7 +120,8 @@ def samples_table(scores: Scores, samples: pa.Table, selections: Mapping[str, Se
     values = forms(scores)
     percentiles = {form: _percentiles(values[form]) for form in values}
     by_row = {
-        name: dict(zip(selection.rows.tolist(), selection.reasons.tolist(), strict=True)) for name, selection in selections.items()
+        name: dict(zip(selection.rows.tolist(), selection.reasons.tolist(), strict=True))
+        for name, selection in selections.items()
     }
     records = []
     for kind, at in _chosen(scores, status, next(iter(selections.values()), None)):
@@ -127,9 +132,9 @@ def samples_table(scores: Scores, samples: pa.Table, selections: Mapping[str, Se
                 {
                     "kind": kind, "sample_id": sample_id, "row": row, "source": str(scores.source[i]),
                     "n_tokens": int(scores.n_tokens[i]), "n_loss_tokens": int(scores.n_loss_tokens[i]),
-                    "status": str(status[i]), "loss": _number(loss[i]),
-                    "raw": _number(values["raw"][i]), "controlled": _number(values["controlled"][i]),
-                    "raw_percentile": _number(percentiles["raw"][i]), "percentile": _number(percentiles["controlled"][i]),
+                    "status": str(status[i]), "loss": _number(loss, i),
+                    "raw": _number(values["raw"], i), "controlled": _number(values["controlled"], i),
+                    "raw_percentile": _number(percentiles["raw"], i), "percentile": _number(percentiles["controlled"], i),
                     "picked_by": picked_by, "reason": by_row[picked_by[0]][row] if picked_by else None,
                     "parts": [{"role": p["role"], "text": _cut(p["text"])} for p in texts(row, sample_id)] if texts else [],
                 }
@@ -175,8 +180,9 @@ def _percentiles(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+def _number(values: np.ndarray, at: int) -> float | None:
+    value = float(values[at])
+    return value if np.isfinite(value) else None
 
 
 def _cut(text: str) -> str:

@@ -117,7 +117,9 @@ def distributions_table(scores: Scores, groups: Sequence[Group]) -> pa.Table:
             shown = values[at[valid[at]]]
             counts = np.bincount(_bin(shown, edges), minlength=bins)
             columns = {"variable": [variable] * bins, "kind": [group.kind] * bins, "group": [group.title] * bins}
-            found.append(pa.table(columns | {"low": edges[:-1], "high": edges[1:], "share": counts / max(len(shown), 1)}))
+            found.append(
+                pa.table(columns | {"low": edges[:-1], "high": edges[1:], "share": counts / max(len(shown), 1)})
+            )
     return pa.concat_tables(found)
 
 
@@ -129,7 +131,9 @@ def _edges(values: Float[np.ndarray, " N"], bins: int, logarithmic: bool) -> Flo
     return np.geomspace(low, high, bins + 1) if logarithmic else np.linspace(low, high, bins + 1)
 
 
-def _bin(values: Float[np.ndarray, " N"] | Int[np.ndarray, " N"], edges: Float[np.ndarray, " B"]) -> Int[np.ndarray, " N"]:
+def _bin(
+    values: Float[np.ndarray, " N"] | Int[np.ndarray, " N"], edges: Float[np.ndarray, " B"]
+) -> Int[np.ndarray, " N"]:
     return np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
 
 
@@ -144,7 +148,13 @@ def _cells(
     columns = {name: [value] * len(filled) for name, value in key.items()}
     return pa.table(
         {name: pa.array(column, pa.string()) for name, column in columns.items()}
-        | {"tokens_low": x_edges[x], "tokens_high": x_edges[x + 1], "low": y_edges[y], "high": y_edges[y + 1], "samples": counts[filled]}
+        | {
+            "tokens_low": x_edges[x],
+            "tokens_high": x_edges[x + 1],
+            "low": y_edges[y],
+            "high": y_edges[y + 1],
+            "samples": counts[filled],
+        }
     )
 
 
@@ -160,7 +170,7 @@ def _line(
     if len(x) >= FEWEST_FOR_A_LINE and len(knots) > 1:
         design, target = _design(x, knots), np.log(y) if logarithmic else y
         fit = np.linalg.lstsq(design.T @ design, design.T @ target, rcond=None)[0]
-        shown_x = np.linspace(*np.quantile(x, [0.005, 0.995]).tolist(), LINE)
+        shown_x = np.linspace(float(np.quantile(x, 0.005)), float(np.quantile(x, 0.995)), LINE)
         shown_y = _design(shown_x, knots) @ fit
         shown_y = np.clip(np.exp(shown_y) if logarithmic else shown_y, y_edges[0], y_edges[-1])
     columns = {name: pa.array([value] * len(shown_x), pa.string()) for name, value in key.items()}

@@ -24,9 +24,17 @@ PAIRS = 12
 PREVIEW = 160
 """Characters of a text."""
 
-CLUSTER_SCHEMA = pa.schema([("cluster", pa.int64()), ("size", pa.int64()), ("sample_id", pa.string()), ("text", pa.string())])
+CLUSTER_SCHEMA = pa.schema(
+    [("cluster", pa.int64()), ("size", pa.int64()), ("sample_id", pa.string()), ("text", pa.string())]
+)
 PAIR_SCHEMA = pa.schema(
-    [("similarity", pa.float64()), ("first", pa.string()), ("second", pa.string()), ("first_text", pa.string()), ("second_text", pa.string())]
+    [
+        ("similarity", pa.float64()),
+        ("first", pa.string()),
+        ("second", pa.string()),
+        ("first_text", pa.string()),
+        ("second_text", pa.string()),
+    ]
 )
 
 
@@ -47,7 +55,9 @@ def check_index(index: GradientIndex, store: FeatureStore) -> None:
         )  # fmt: skip
 
 
-def clusters_table(index: GradientIndex, rows: dict[str, int], texts: Texts | None, threshold: float) -> tuple[pa.Table, int, int]:
+def clusters_table(
+    index: GradientIndex, rows: dict[str, int], texts: Texts | None, threshold: float
+) -> tuple[pa.Table, int, int]:
     """The largest clusters of near-duplicates.
 
     Args:
@@ -66,7 +76,14 @@ def clusters_table(index: GradientIndex, rows: dict[str, int], texts: Texts | No
     records = []
     for number, c in enumerate(np.argsort(-sizes, kind="stable")[:CLUSTERS].tolist(), 1):
         for sample_id in index.ids[np.flatnonzero(labels == heads[c])[:MEMBERS]].tolist():
-            records.append({"cluster": number, "size": int(sizes[c]), "sample_id": sample_id, "text": _preview(sample_id, rows, texts)})
+            records.append(
+                {
+                    "cluster": number,
+                    "size": int(sizes[c]),
+                    "sample_id": sample_id,
+                    "text": _preview(sample_id, rows, texts),
+                }
+            )
     return pa.Table.from_pylist(records, schema=CLUSTER_SCHEMA), len(heads), int((sizes - 1).sum())
 
 
@@ -84,11 +101,19 @@ def opposing_table(index: GradientIndex, rows: dict[str, int], texts: Texts | No
     asked: Int[np.ndarray, " Q"] = np.unique(np.linspace(0, len(index) - 1, min(QUERIES, len(index))).astype(np.int64))
     names: Sequence[str] = index.ids[asked].tolist()
     pairs: dict[frozenset[str], tuple[float, str, str]] = {}
-    for name, (ids, similarities) in zip(names, index.search_ids(names, k=1, opposing=True), strict=True):
+    found = index.search_ids(names, k=1, opposing=True)
+    for i, name in enumerate(names):
+        ids, similarities = found[i]
         for other, similarity in zip(ids.tolist(), similarities.tolist(), strict=True):
             pairs.setdefault(frozenset((name, other)), (-similarity, name, other))
     records = [
-        {"similarity": similarity, "first": a, "second": b, "first_text": _preview(a, rows, texts), "second_text": _preview(b, rows, texts)}
+        {
+            "similarity": similarity,
+            "first": a,
+            "second": b,
+            "first_text": _preview(a, rows, texts),
+            "second_text": _preview(b, rows, texts),
+        }
         for similarity, a, b in sorted(pairs.values())[:PAIRS]
     ]
     return pa.Table.from_pylist(records, schema=PAIR_SCHEMA)

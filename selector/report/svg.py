@@ -91,21 +91,35 @@ def frame(x: Axis, y: Axis, marks: Markup, title: str) -> Markup:
         marks: what is drawn, in the figure's coordinates.
         title: what a screen reader says of it.
     """
-    parts = [Markup('<svg class="figure" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, text_of(title))]
+    parts = [
+        Markup('<svg class="figure" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+            WIDTH, HEIGHT, text_of(title)
+        )
+    ]
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     grid, labels = [], []
     x_ticks, y_ticks = x.ticks(), y.ticks()
     for tick, at in zip(x_ticks, x.place(np.array(x_ticks)), strict=True):
         place = LEFT + at * inner_width
         grid.append(f"M{place:.1f} {TOP}v{inner_height}")
-        labels.append(Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(place, HEIGHT - BOTTOM + 14, number(tick)))
+        labels.append(
+            Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+                place, HEIGHT - BOTTOM + 14, number(tick)
+            )
+        )
     for tick, at in zip(y_ticks, y.place(np.array(y_ticks)), strict=True):
         place = TOP + (1 - at) * inner_height
         grid.append(f"M{LEFT} {place:.1f}h{inner_width}")
-        labels.append(Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(LEFT - 5, place + 4, number(tick)))
-    labels.append(Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(LEFT + inner_width / 2, HEIGHT - 6, x.label))
+        labels.append(
+            Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(LEFT - 5, place + 4, number(tick))
+        )
     labels.append(
-        Markup('<text transform="rotate(-90)" x="{}" y="11" text-anchor="middle">{}</text>').format(-(TOP + inner_height / 2), y.label)
+        Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(LEFT + inner_width / 2, HEIGHT - 6, x.label)
+    )
+    labels.append(
+        Markup('<text transform="rotate(-90)" x="{}" y="11" text-anchor="middle">{}</text>').format(
+            -(TOP + inner_height / 2), y.label
+        )
     )
     parts += [Markup('<path class="grid" d="{}"/>').format("".join(grid)), marks, *labels, Markup("</svg>")]
     return Markup("").join(parts)
@@ -133,7 +147,9 @@ def cells(
     shade = np.clip(np.ceil(level * SHADES), 1, SHADES).astype(int)
     paths = []
     for s in np.unique(shade).tolist():
-        inside = zip(left[shade == s], upper[shade == s], (right - left)[shade == s], (lower - upper)[shade == s], strict=True)
+        inside = zip(
+            left[shade == s], upper[shade == s], (right - left)[shade == s], (lower - upper)[shade == s], strict=True
+        )
         d = "".join(f"M{a:.1f} {b:.1f}h{w:.1f}v{h:.1f}h-{w:.1f}z" for a, b, w, h in inside)
         paths.append(Markup('<path class="{} s{}" d="{}"/>').format(css, s, d))
     return Markup("").join(paths)
@@ -153,7 +169,9 @@ def line(x: Axis, y: Axis, xs: Float[np.ndarray, " N"], ys: Float[np.ndarray, " 
         return Markup("")
     across = LEFT + np.clip(x.place(xs), 0, 1) * (WIDTH - LEFT - RIGHT)
     down = TOP + (1 - np.clip(y.place(ys), 0, 1)) * (HEIGHT - TOP - BOTTOM)
-    return Markup('<path class="line {}" d="M{}"/>').format(css, "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(across, down, strict=True)))
+    return Markup('<path class="line {}" d="M{}"/>').format(
+        css, "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(across, down, strict=True))
+    )
 
 
 def heat_map(
@@ -180,16 +198,29 @@ def heat_map(
     sign = np.where(shading < 0, "less", "more") if limit else np.full(values.shape, "heat")
     paths: dict[tuple[str, int], list[str]] = {}
     for i, j in np.argwhere(np.isfinite(values)).tolist():
-        paths.setdefault((str(sign[i, j]), int(shade[i, j])), []).append(f"M{left + j * size} {top + i * height}h{size - 1}v{height - 1}h-{size - 1}z")
-    drawn = [Markup('<path class="{} s{}" d="{}"/>').format(css, s, "".join(d)) for (css, s), d in sorted(paths.items())]
-    drawn += [Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(left - 5, top + i * height + 14, name) for i, name in enumerate(rows)]
+        paths.setdefault((str(sign[i, j]), int(shade[i, j])), []).append(
+            f"M{left + j * size} {top + i * height}h{size - 1}v{height - 1}h-{size - 1}z"
+        )
+    drawn = [
+        Markup('<path class="{} s{}" d="{}"/>').format(css, s, "".join(d)) for (css, s), d in sorted(paths.items())
+    ]
+    drawn += [
+        Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(left - 5, top + i * height + 14, name)
+        for i, name in enumerate(rows)
+    ]
     every = max(1, math.ceil(26 / size))
     drawn += [
-        Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(left + j * size + size // 2, total - 18, layer)
+        Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            left + j * size + size // 2, total - 18, layer
+        )
         for j, layer in enumerate(columns)
         if j % every == 0
     ]
-    drawn.append(Markup('<text x="{}" y="{}" text-anchor="middle">layer</text>').format(left + size * len(columns) // 2, total - 3))
+    drawn.append(
+        Markup('<text x="{}" y="{}" text-anchor="middle">layer</text>').format(
+            left + size * len(columns) // 2, total - 3
+        )
+    )
     data = " ".join(number(v, 4).replace(",", "") if math.isfinite(v) else "-" for v in values.ravel().tolist())
     head = Markup(
         '<svg class="heatmap" width="{w}" height="{h}" viewBox="0 0 {w} {h}" role="img" tabindex="0" aria-label="{text}" data-values="{data}" '

@@ -59,7 +59,11 @@ def explain(
     """
     config, store = config or ScoreConfig(), Path(store)
     if is_sharded(model):
-        raise ModelError("a sharded model cannot explain samples", allowed="a model whole on one device", fix="repeat the command without FSDP or DeepSpeed")
+        raise ModelError(
+            "a sharded model cannot explain samples",
+            allowed="a model whole on one device",
+            fix="repeat the command without FSDP or DeepSpeed",
+        )
     work = plan(model, tokenizer, dataset, config, reference)
     manifest = check(store, work.manifest, work.rows, append=True)
     samples = _asked(work.samples, ids)
@@ -67,10 +71,22 @@ def explain(
     explainer = _Explainer(model, work, reference)
     with gradients_of_activations_only(model), explainer.capture:
         for sample in samples:
-            contribution, spectra = explainer(sample, tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0)
-            tokens = [text for sequence in sample.sequences for text in token_texts(tokenizer, sequence.input_ids.tolist())]
+            contribution, spectra = explainer(
+                sample, tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+            )
+            tokens = [
+                text for sequence in sample.sequences for text in token_texts(tokenizer, sequence.input_ids.tolist())
+            ]
             predicted = [bool(p) for sequence in sample.sequences for p in sequence.loss_mask]
-            rows.append({"sample_id": sample.sample_id, "tokens": tokens, "loss_mask": predicted, "contribution": contribution, "spectra": spectra})
+            rows.append(
+                {
+                    "sample_id": sample.sample_id,
+                    "tokens": tokens,
+                    "loss_mask": predicted,
+                    "contribution": contribution,
+                    "spectra": spectra,
+                }
+            )
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     add_explanations(store, manifest.fingerprint, table)
     return table
@@ -82,9 +98,22 @@ def _asked(samples: Sequence[Sample], ids: Sequence[str]) -> list[Sample]:
     without = [sample_id for sample_id in ids if sample_id in known and known[sample_id].status != "ok"]
     problems: list[SelectorError] = []
     if missing:
-        problems.append(DataError(f"{len(missing)} ids name no sample", got=", ".join(missing[:NAMES_SHOWN]), fix="take ids from `selector report` or `selector search`"))
+        problems.append(
+            DataError(
+                f"{len(missing)} ids name no sample",
+                got=", ".join(missing[:NAMES_SHOWN]),
+                fix="take ids from `selector report` or `selector search`",
+            )
+        )
     if without:
-        problems.append(DataError(f"{len(without)} samples have no gradient", got=", ".join(without[:NAMES_SHOWN]), allowed="samples of status ok", fix="leave them out"))
+        problems.append(
+            DataError(
+                f"{len(without)} samples have no gradient",
+                got=", ".join(without[:NAMES_SHOWN]),
+                allowed="samples of status ok",
+                fix="leave them out",
+            )
+        )
     raise_all(problems)
     return [known[sample_id] for sample_id in dict.fromkeys(ids)]
 
@@ -141,10 +170,10 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
     """
     texts, start, read = [], 0, 0
     for end in range(1, len(ids) + 1):
-        before, now = tokenizer.decode(ids[start:read]), tokenizer.decode(ids[start:end])
+        before, now = (str(tokenizer.decode(ids[start:stop])) for stop in (read, end))
         if now.endswith("�") and end < len(ids):
             texts.append("")
             continue
-        texts.append(str(now[len(before) :]))
+        texts.append(now[len(before) :])
         start, read = read, end
     return texts
