@@ -65,7 +65,12 @@ def test_score_verify_info_index_search_select(scored, tmp_path, capsys):
     assert main(["search", str(tmp_path / "index"), "--ids", some_id, "--k", "3", "--data", str(POOL)]) == 0
     assert f"near {some_id}" in capsys.readouterr().out
     row = next(json.loads(line) for line in POOL.read_text().splitlines())
-    like = ["search", str(tmp_path / "index"), "--like", json.dumps({"prompt": row["prompt"], "completion": row["completion"]})]
+    like = [
+        "search",
+        str(tmp_path / "index"),
+        "--like",
+        json.dumps({"prompt": row["prompt"], "completion": row["completion"]}),
+    ]
     assert main([*like, "--store", str(scored), "--k", "1"]) == 0
     assert row["id"] in capsys.readouterr().out  # a row of the pool is its own nearest neighbor
     assert "needs the store" in message(capsys, like)

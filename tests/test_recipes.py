@@ -15,7 +15,16 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 def test_base_model_can_be_trained_from_a_text_file(tmp_path, pool):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\x1e".join(row["prompt"] + row["completion"] for row in pool) * 3, encoding="utf-8")
-    small = {"vocabulary": 400, "hidden": 16, "layers": 1, "heads": 2, "kv-heads": 1, "intermediate": 32, "length": 32, "batch": 4}
+    small = {
+        "vocabulary": 400,
+        "hidden": 16,
+        "layers": 1,
+        "heads": 2,
+        "kv-heads": 1,
+        "intermediate": 32,
+        "length": 32,
+        "batch": 4,
+    }
     shape = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     out = tmp_path / "model"
     command = [

@@ -101,7 +101,9 @@ class SearchCommand(Command):
             )  # fmt: skip
         command = store.manifest.command
         if "model" not in command:
-            raise StoreError("the store does not say where its model lies", fix="score with the `selector score` command")
+            raise StoreError(
+                "the store does not say where its model lies", fix="score with the `selector score` command"
+            )
         settings: dict[str, Any] = {**command["config"], "id_column": None, "limit": None}
         config = from_mapping(ScoreConfig, settings, str(self.store))
         model, tokenizer = load_model(command["model"], config.dtype)
