@@ -134,14 +134,13 @@ def _similarity(
     index: GradientIndex, store: FeatureStore, scores: Scores, texts: samples.Texts | None, about: dict[str, Any]
 ) -> dict[str, pa.Table]:
     similar.check_index(index, store)
-    rows = dict(zip(scores.ids.tolist(), scores.rows.tolist(), strict=True))
     pa.default_memory_pool().release_unused()  # what the readers of shards have freed is kept until then
     about["index"] = {"description": index.description, "asked": min(similar.QUERIES, len(index))}
     found: dict[str, pa.Table] = {}
     if index.plan.metric == "cosine":
-        found["clusters"], clusters, repeated = similar.clusters_table(index, rows, texts, NEAR_DUPLICATE)
+        found["clusters"], clusters, repeated = similar.clusters_table(index, scores, texts, NEAR_DUPLICATE)
         about["index"] |= {"threshold": NEAR_DUPLICATE, "clusters": clusters, "repeated": repeated}
-    found["opposing"] = similar.opposing_table(index, rows, texts)
+    found["opposing"] = similar.opposing_table(index, scores, texts)
     return found
 
 

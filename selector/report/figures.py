@@ -118,10 +118,10 @@ def length_figure(cells: pa.Table, lines: pa.Table, score: str, form: str) -> Ma
         return Markup("")
     x = _axis("tokens", pool, "tokens_low", "tokens_high", logarithmic=True)
     y = _axis(label(score, form), pool, "low", "high", logarithmic=_is_geometric(pool))
-    marks = _cells(x, y, pool, "pool")
+    marks = _cells(x, y, pool, "pool", palest=0.3)
     picked = where(part, kind="selection")
     if len(picked):
-        marks += _cells(x, y, where(picked, group=picked["group"][0].as_py()), "picked")
+        marks += _cells(x, y, where(picked, group=picked["group"][0].as_py()), "picked", palest=0.8)
     smooth = where(lines, score=score, form=form)
     marks += svg.line(x, y, smooth["tokens"].to_numpy(), smooth["value"].to_numpy(), "smooth")
     return svg.frame(x, y, marks, f"{label(score, form)} against tokens of each sample")
@@ -187,6 +187,6 @@ def _is_geometric(table: pa.Table) -> bool:
     return bool(low[first] > 0 and (high - low)[last] > 1.01 * (high - low)[first])
 
 
-def _cells(x: Axis, y: Axis, table: pa.Table, css: str) -> Markup:
+def _cells(x: Axis, y: Axis, table: pa.Table, css: str, *, palest: float) -> Markup:
     columns = tuple(table[name].to_numpy() for name in ("tokens_low", "tokens_high", "low", "high"))
-    return svg.cells(x, y, columns[:2], columns[2:], table["samples"].to_numpy().astype(np.float64), css)  # pyright: ignore[reportArgumentType]
+    return svg.cells(x, y, columns[:2], columns[2:], table["samples"].to_numpy().astype(np.float64), css, palest)  # pyright: ignore[reportArgumentType]

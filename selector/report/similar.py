@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
@@ -11,7 +9,9 @@ from jaxtyping import Int
 from selector.errors import GradientIndexError
 from selector.index import GradientIndex
 from selector.report.samples import Texts
+from selector.selecting.run import find
 from selector.store import FeatureStore
+from selector.types import Scores
 
 CLUSTERS = 12
 """Largest clusters that are shown."""
@@ -56,13 +56,13 @@ def check_index(index: GradientIndex, store: FeatureStore) -> None:
 
 
 def clusters_table(
-    index: GradientIndex, rows: dict[str, int], texts: Texts | None, threshold: float
+    index: GradientIndex, scores: Scores, texts: Texts | None, threshold: float
 ) -> tuple[pa.Table, int, int]:
     """The largest clusters of near-duplicates.
 
     Args:
         index: a cosine index of the pool.
-        rows: row of each sample id.
+        scores: of the pool, which knows the row of each sample.
         texts: where texts come from.
         threshold: lowest cosine of a pair.
 
@@ -73,54 +73,46 @@ def clusters_table(
     labels = index.duplicates(threshold)
     heads, sizes = np.unique(labels, return_counts=True)
     heads, sizes = heads[sizes > 1], sizes[sizes > 1]
-    records = []
+    shown: list[tuple[int, int, str]] = []
     for number, c in enumerate(np.argsort(-sizes, kind="stable")[:CLUSTERS].tolist(), 1):
-        for sample_id in index.ids[np.flatnonzero(labels == heads[c])[:MEMBERS]].tolist():
-            records.append(
-                {
-                    "cluster": number,
-                    "size": int(sizes[c]),
-                    "sample_id": sample_id,
-                    "text": _preview(sample_id, rows, texts),
-                }
-            )
-    return pa.Table.from_pylist(records, schema=CLUSTER_SCHEMA), len(heads), int((sizes - 1).sum())
+        members = index.ids[np.flatnonzero(labels == heads[c])[:MEMBERS]].tolist()
+        shown += [(number, int(sizes[c]), sample_id) for sample_id in members]
+    columns = [list(column) for column in zip(*shown, strict=True)] or [[], [], []]
+    table = pa.table([*columns, _previews(columns[2], scores, texts)], schema=CLUSTER_SCHEMA)
+    return table, len(heads), int((sizes - 1).sum())
 
 
-def opposing_table(index: GradientIndex, rows: dict[str, int], texts: Texts | None) -> pa.Table:
+def opposing_table(index: GradientIndex, scores: Scores, texts: Texts | None) -> pa.Table:
     """The most opposed pairs among a sample of the pool and all of it.
 
     Args:
         index: an index of the pool.
-        rows: row of each sample id.
+        scores: of the pool, which knows the row of each sample.
         texts: where texts come from.
 
     Returns:
         Columns similarity (of the two samples), first, second, and the beginnings of their texts.
     """
     asked: Int[np.ndarray, " Q"] = np.unique(np.linspace(0, len(index) - 1, min(QUERIES, len(index))).astype(np.int64))
-    names: Sequence[str] = index.ids[asked].tolist()
     pairs: dict[frozenset[str], tuple[float, str, str]] = {}
+    names: list[str] = index.ids[asked].tolist()
     found = index.search_ids(names, k=1, opposing=True)
     for i, name in enumerate(names):
         ids, similarities = found[i]
         for other, similarity in zip(ids.tolist(), similarities.tolist(), strict=True):
             pairs.setdefault(frozenset((name, other)), (-similarity, name, other))
-    records = [
-        {
-            "similarity": similarity,
-            "first": a,
-            "second": b,
-            "first_text": _preview(a, rows, texts),
-            "second_text": _preview(b, rows, texts),
-        }
-        for similarity, a, b in sorted(pairs.values())[:PAIRS]
-    ]
-    return pa.Table.from_pylist(records, schema=PAIR_SCHEMA)
+    columns = [list(column) for column in zip(*sorted(pairs.values())[:PAIRS], strict=True)] or [[], [], []]
+    previews = [_previews(ids, scores, texts) for ids in columns[1:]]
+    return pa.table([*columns, *previews], schema=PAIR_SCHEMA)
 
 
-def _preview(sample_id: str, rows: dict[str, int], texts: Texts | None) -> str:
+def _previews(ids: list[str], scores: Scores, texts: Texts | None) -> list[str]:
+    """The beginning of each sample's text, on one line; empty without texts."""
     if texts is None:
-        return ""
-    joined = " ".join(" / ".join(part["text"] for part in texts(rows[sample_id], sample_id)).split())
-    return joined if len(joined) <= PREVIEW else joined[: PREVIEW - 1] + "…"
+        return [""] * len(ids)
+    rows = scores.rows[find(np.array(ids, dtype=object), scores.ids, "the store")].tolist()
+    joined = [
+        " ".join(" / ".join(part["text"] for part in texts(row, sample_id)).split())
+        for row, sample_id in zip(rows, ids, strict=True)
+    ]
+    return [text if len(text) <= PREVIEW else text[: PREVIEW - 1] + "…" for text in joined]

@@ -127,7 +127,7 @@ def frame(x: Axis, y: Axis, marks: Markup, title: str) -> Markup:
 
 def cells(
     x: Axis, y: Axis, columns: tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]],
-    rows: tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]], weights: Float[np.ndarray, " N"], css: str,
+    rows: tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]], weights: Float[np.ndarray, " N"], css: str, palest: float,
 ) -> Markup:  # fmt: skip
     """Filled rectangles whose shade grows with the logarithm of their weight.
 
@@ -138,12 +138,13 @@ def cells(
         rows: lower and upper ends on y.
         weights: > 0.
         css: class of the colour.
+        palest: shade of the smallest weight, 0 to 1.
     """
     if not len(weights):
         return Markup("")
     left, right = (LEFT + x.place(edge) * (WIDTH - LEFT - RIGHT) for edge in columns)
     lower, upper = (TOP + (1 - y.place(edge)) * (HEIGHT - TOP - BOTTOM) for edge in rows)
-    level = 0.3 + 0.7 * np.log1p(weights - 1) / max(float(np.log(weights.max())), 1.0)
+    level = palest + (1 - palest) * np.log1p(weights - 1) / max(float(np.log(weights.max())), 1.0)
     shade = np.clip(np.ceil(level * SHADES), 1, SHADES).astype(int)
     paths = []
     for s in np.unique(shade).tolist():
