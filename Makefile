@@ -2,16 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+BROWSER := .venv/.browser
 
 .PHONY: demo test test-all lint
 
 demo: $(STAMP)
 	$(BIN)/selector demo
 
-test: $(STAMP)
+test: $(STAMP) $(BROWSER)
 	$(BIN)/python -m pytest
 
-test-all: $(STAMP)
+test-all: $(STAMP) $(BROWSER)
 	$(BIN)/python -m pytest -m "not gpu"
 
 lint: $(STAMP)
@@ -27,3 +28,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[faiss-cpu,trl,plots,dev]'
 	touch $(STAMP)
+
+# the report is tested in a real browser and with axe-core, where these are at hand or can be had; tests say when they are not
+$(BROWSER): $(STAMP)
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq >/dev/null && apt-get install -qq -y chromium >/dev/null; } || echo "no Chromium: tests of the report's page are skipped"
+	@test -d node_modules/axe-core || { command -v npm >/dev/null && npm install --no-save --silent axe-core >/dev/null; } \
+		|| echo "no axe-core: its accessibility rules are skipped"
+	@touch $(BROWSER)
