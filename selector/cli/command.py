@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,19 +21,19 @@ def console() -> Console:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(ABC):
     """Base of the commands."""
 
     name: ClassVar[str]
     """The verb."""
 
+    @abstractmethod
     def run(self) -> int:
         """Do it.
 
         Returns:
             The exit code.
         """
-        raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """What `config.yaml` records; the output directory is where the file lies, and is left out."""

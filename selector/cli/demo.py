@@ -118,6 +118,9 @@ class DemoCommand(Command):
             f"everything lies in {self.out}/: features/ index/ scores.parquet selection.parquet matched_random.parquet"
         )
         out.print(f"look closer: selector info {self.out}/features, selector search {self.out}/index --ids {best}")
+        out.print(
+            f"as a page: selector report {self.out}/features {self.out}/selection.parquet --out {self.out}/report.html"
+        )
         out.print(f"{time.perf_counter() - started:.0f} s in all")
         return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +16,7 @@ from selector.errors import SelectionError
 from selector.neighbours import Neighbours
 from selector.policies import Budget, MemberNeighbours, Pool, run_policy
 from selector.policies.base import groups_of
+from selector.runtime import versions
 from selector.scores import Aggregation, LengthControl, read_scores, score
 from selector.selecting.shortlist import can_shortlist, shortlist
 from selector.selection import Selection
@@ -189,7 +189,7 @@ def _selection(scores: Scores, picks: Picks, settings: dict[str, Any], before: d
         "scores": scores.provenance,
         "removed": picks.removed,
         "sources": sources,
-        "versions": {name: _version(name) for name in ("gradient-selector", "numpy")},
+        "versions": versions(),
     }
     return Selection(
         ids=scores.ids[at],
@@ -208,10 +208,3 @@ def _by_source(source: np.ndarray, n_tokens: Int[np.ndarray, " N"]) -> dict[str,
     tokens = np.bincount(codes, weights=n_tokens, minlength=len(names))
     counts = np.bincount(codes, minlength=len(names))
     return {name: (int(n), int(t)) for name, n, t in zip(names, counts, tokens, strict=True)}
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "source tree"
