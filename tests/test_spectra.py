@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from selector import spectra
 from selector.errors import ConfigError, SelectorError
 from selector.spectra.factors import check_factors
+from selector.spectra.linalg import semidefinite_factor
 
 torch.set_num_threads(1)
 PRECISIONS = ("fast", "high", "reference", "auto")
@@ -234,3 +235,18 @@ def test_measures_of_an_empty_spectrum():
         value = spectra.measures[name](empty)
         assert value.shape == (2,)
         assert value.isnan().all() if name.endswith("rank") else (value == 0).all()
+
+
+def test_factor_of_a_gram_that_rounding_made_indefinite_keeps_its_large_directions():
+    """Too far below zero for any jitter, and with empty rows: the factor then comes from eigenvectors."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 40, 6, generator=generator, dtype=torch.float64)
+    x[:, 30:] = 0
+    noise = torch.randn(2, 40, 40, generator=generator, dtype=torch.float64)
+    noise[:, 30:], noise[:, :, 30:] = 0, 0
+    gram = x @ x.mT + 1e-4 * (noise + noise.mT)
+    assert (torch.linalg.eigvalsh(gram)[:, 0] < -1e-4).all()
+    factor = semidefinite_factor(gram.float())
+    error = torch.linalg.matrix_norm(factor @ factor.mT - gram) / torch.linalg.matrix_norm(gram)
+    assert (error < 1e-3).all()
+    assert (factor[:, 30:] == 0).all()

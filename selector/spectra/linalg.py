@@ -56,10 +56,13 @@ def semidefinite_factor(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n 
         if len(failed):
             lower[failed], still = _cholesky(matrices[failed], jitter)
             failed = failed[still]
+    lower.masked_fill_(empty.unsqueeze(-2), 0.0)
     if len(failed):
+        # columns of this factor belong to eigenvectors, not to rows of the matrix: only rows may be cleared
         values, vectors = torch.linalg.eigh(matrices[failed].double())
-        lower[failed] = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
-    return lower.masked_fill_(empty.unsqueeze(-2), 0.0)
+        roots = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+        lower[failed] = roots.masked_fill(empty[failed].unsqueeze(-1), 0.0)
+    return lower
 
 
 def outer_square(matrices: Float[Tensor, "N n k"]) -> Float[Tensor, "N n n"]:
