@@ -56,7 +56,7 @@ def message(capsys, arguments, code=2) -> str:
     return captured.err
 
 
-def test_score_verify_info_index_search_select(scored, tmp_path, capsys):
+def test_score_verify_info_index_search_select(scored, tmp_path, capsys, monkeypatch):
     assert main(["verify", str(scored)]) == 0
     assert main(["info", str(scored)]) == 0
     assert "24 of 24 samples" in capsys.readouterr().out
@@ -74,6 +74,9 @@ def test_score_verify_info_index_search_select(scored, tmp_path, capsys):
     assert main([*like, "--store", str(scored), "--k", "1"]) == 0
     assert row["id"] in capsys.readouterr().out  # a row of the pool is its own nearest neighbor
     assert "needs the store" in message(capsys, like)
+    with monkeypatch.context() as patch:  # the tokenizer is another one than when the store was made
+        patch.setattr("selector.scorer.plan.tokenizer_fingerprint", lambda tokenizer: "another")
+        assert "tokenizer differ" in message(capsys, [*like, "--store", str(scored)])
     assert "nothing to search for" in message(capsys, ["search", str(tmp_path / "index")])
     assert main(["select", str(scored), "--budget", "25%", "--out", str(tmp_path / "selection")]) == 0
     printed = capsys.readouterr().out

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from selector.index import Filter, GradientIndex
 
+SAME = ("model", "tokenizer", "dtype", "loss", "reference", "precision")
+"""What must be as it was for the indexed store, or the place of a new row would mean nothing; its settings are replayed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchCommand(Command):
@@ -106,13 +109,17 @@ class SearchCommand(Command):
             )
         settings: dict[str, Any] = {**command["config"], "id_column": None, "limit": None}
         config = from_mapping(ScoreConfig, settings, str(self.store))
-        model, tokenizer = load_model(command["model"], config.dtype)
+        identity = store.manifest.identity
+        template = Path(command["chat_template"]) if command.get("chat_template") else None
+        model, tokenizer = load_model(command["model"], identity["dtype"], chat_template=template)
         with tempfile.TemporaryDirectory() as folder:
             one = score_dataset(model, tokenizer, datasets.Dataset.from_list([row]), Path(folder) / "row", config)
-            if one.manifest.identity["model"] != store.manifest.identity["model"]:
+            changed = [name for name in SAME if one.manifest.identity.get(name) != identity.get(name)]
+            if changed:
                 raise StoreError(
-                    "the model has changed since the store was made", got=one.manifest.identity["model"],
-                    allowed=store.manifest.identity["model"], fix="score again",
+                    "a row cannot be scored as the store was: " + ", ".join(changed) + " differ",
+                    got=[one.manifest.identity.get(name) for name in changed], allowed=[identity.get(name) for name in changed],
+                    fix="use the model of the store, or score the data set again",
                 )  # fmt: skip
             return index.standardization.apply({name: one.features(name) for name in index.standardization.measures})
 
