@@ -231,6 +231,8 @@ def table(report: dict) -> str:
                      f"{by_phase['preparing']:.1f} s", *shares, f"{min(row['idle share']):.1%} to {max(row['idle share']):.1%}"]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
+    if "CPU" in report["device"]:
+        lines += ["All processes share the cores of one machine: this shows that they agree, not how they scale.", ""]
     for name, row in speeds.get("1", {}).items():
         ratios = [
             f"{row[key]:.2f} times {key.removeprefix('scoring / ')}" for key in row if key.startswith("scoring / ")

@@ -104,9 +104,7 @@ def score_dataset(
     mine = phases(clocks, started - begun, done - started, finished - done)
     size = sum(path.stat().st_size for path in FeatureStore(store, manifest).shard_paths())
     entry = from_main(
-        ledger_entry(
-            run.pending, finished - started, clocks.seconds(FORWARD), of_each(mine, run.state), budget, size
-        ),
+        ledger_entry(run.pending, finished - started, clocks.seconds(FORWARD), of_each(mine, run.state), budget, size),
         run.state,
     )
     cost = (*manifest.cost, entry) if run.pending else manifest.cost
