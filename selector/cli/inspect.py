@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from rich.table import Table
@@ -16,6 +17,19 @@ from selector.cli.command import Command, console
 from selector.cli.replay import RunCommand
 from selector.errors import StoreError
 from selector.store.schema import CONFIG
+
+
+def time_by_phase(entry: Mapping[str, Any]) -> str:
+    """What the time of a run went to, averaged over its processes.
+
+    Args:
+        entry: of a store's cost ledger; without phases where an older release wrote it.
+    """
+    mean = {name: sum(seconds) / len(seconds) for name, seconds in entry.get("phases", {}).items()}
+    before = mean.pop("preparing", 0.0)
+    whole = max(sum(mean.values()), 1e-9)
+    shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in mean.items())
+    return f"{before:.1f} s of preparing; then {shares}" if shares else "not recorded"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +66,13 @@ class InfoCommand(Command):
         for key, value in store.manifest.identity.items():
             settings.add_row(key, str(value))
         out.print(settings)
+        runs = Table("finished", "samples", "samples/s", "processes", "time", title="runs")
+        for entry in store.manifest.cost:
+            rate = entry["samples"] / max(entry["seconds"], 1e-9)
+            where = f"{entry['processes']} x {entry['device']}"
+            runs.add_row(entry["finished"][:16], f"{entry['samples']:,}", f"{rate:,.1f}", where, time_by_phase(entry))
+        if store.manifest.cost:
+            out.print(runs)
         projections = list(dict.fromkeys(spec.projection for spec in store.layers))
         features = Table(
             "measure", *projections, title=f"median over samples and {len({s.layer for s in store.layers})} layers"

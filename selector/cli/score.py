@@ -13,6 +13,7 @@ from rich.table import Table
 from tyro.conf import OmitArgPrefixes
 
 from selector.cli.command import Command, console
+from selector.cli.inspect import time_by_phase
 from selector.config import ScoreConfig
 from selector.data.layout import without_failure
 
@@ -167,6 +168,7 @@ def summarize(store: FeatureStore, max_failed: float) -> int:
             f"({rate:.1f} samples/s) on {cost['processes']} x {cost['device']}, {cost['device_seconds']:,.0f} device seconds; "
             f"{cost['epoch_ratio'] or 0:.2f} times an epoch of training; {cost['store_bytes'] / max(total, 1):,.0f} bytes per sample"
         )
+        out.print(f"time: {time_by_phase(cost)}")
     failed = total - sum(statuses[status] for status in without_failure(store.manifest.identity["loss"]))
     if failed > max_failed * total:
         print(

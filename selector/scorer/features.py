@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from selector.batching import Batch
@@ -22,6 +22,7 @@ from selector.gradients.capture import GradientCapture, LayerFactors, gradients_
 from selector.gradients.experts import ExpertRows
 from selector.gradients.losses import RESPONSE, LossSettings, predicting_columns, reference_log_probs, sample_losses
 from selector.gradients.targets import Target
+from selector.scorer.clocks import BACKWARD, FACTORS, FORWARD, SPECTRA, Clocks
 from selector.scorer.sharding import without_engine
 from selector.spectra import Core, SketchConfig, measures, reduce_factors, sketch, solve
 from selector.types import MEASURES
@@ -51,8 +52,7 @@ class FeatureExtractor:
         self._run = model
         self.precision: Precision = precision
         self.loss, self.reference = loss, reference
-        self.forward_seconds = 0.0
-        """Time that forward passes have taken so far: the unit in which a training step is reckoned."""
+        self.clocks = Clocks()
         self._position = {target.spec.key: i for i, target in enumerate(targets)}
         self._cores: list[tuple[int, Core, ExpertRows | None]] = []
         self._sketches: dict[int, Tensor] = {}
@@ -79,16 +79,17 @@ class FeatureExtractor:
         self._capture.begin(samples=len(batch.samples), segments=batch.segments)
         if self.reference is not None:
             batch = dataclasses.replace(batch, reference=reference_log_probs(self.reference, batch))
-        clock = Stopwatch(batch.input_ids.device)
+        device = batch.input_ids.device
         with torch.enable_grad():
-            with clock:
-                logits, columns = self._logits(batch)
-            losses = sample_losses(logits, batch, self.loss, columns)
-            losses.sum().backward()
-        self._capture.finish()
-        features, measured = self._features(len(batch.samples), batch.input_ids.device)
-        sketches = self._joined_sketches(len(batch.samples))
-        self.forward_seconds += clock.seconds()
+            with self.clocks(FORWARD, device):
+                losses = self._losses(batch)
+            with self.clocks(BACKWARD, device):
+                losses.sum().backward()
+                self._capture.finish()
+        with self.clocks(SPECTRA, device):
+            features, measured = self._features(len(batch.samples), device)
+            sketches = self._joined_sketches(len(batch.samples))
+        self.clocks.settle()
         rows = []
         for i, loss in enumerate(losses.detach().tolist()):
             norms = features["frobenius_norm"][i]
@@ -100,14 +101,17 @@ class FeatureExtractor:
             rows.append(sample_row(batch.samples[i], status, loss, values))
         return rows
 
-    def _logits(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Logits of the positions that predict loss tokens, and these, where the model can leave the others out."""
-        if not self._keeps_logits:
-            return self._run(**batch.inputs, use_cache=False).logits, None
-        columns = predicting_columns(batch)
-        return self._run(**batch.inputs, use_cache=False, logits_to_keep=columns).logits, columns
+    def _losses(self, batch: Batch) -> Float[Tensor, " N"]:
+        """Loss of each sample; logits are of the positions alone that predict loss tokens where the model can leave out others."""
+        columns = predicting_columns(batch) if self._keeps_logits else None
+        wanted = {} if columns is None else {"logits_to_keep": columns}
+        return sample_losses(self._run(**batch.inputs, use_cache=False, **wanted).logits, batch, self.loss, columns)
 
     def _take(self, factors: LayerFactors) -> None:
+        with self.clocks(FACTORS, factors.x.device):
+            self._reduce(factors)
+
+    def _reduce(self, factors: LayerFactors) -> None:
         cores = reduce_factors(factors.x, factors.deltas, precision=self.precision)
         for spec, core, delta in zip(factors.specs, cores, factors.deltas, strict=True):
             position = self._position[spec.key]
@@ -158,35 +162,6 @@ class FeatureExtractor:
         self._sketches = {}
         joined = (layers / scale.masked_fill(scale == 0, 1.0)).half().flatten(1)
         return {"sketch": joined.numpy(), "sketch_scale": scale.squeeze(-1).numpy()}
-
-
-class Stopwatch:
-    """Times a block on a device without making it wait.
-
-    Args:
-        device: where the block's work runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-
-    def __enter__(self) -> Stopwatch:
-        self._started = time.perf_counter()
-        if self._events:
-            self._events[0].record()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._seconds = time.perf_counter() - self._started
-        if self._events:
-            self._events[1].record()
-
-    def seconds(self) -> float:
-        """Length of the block; to be asked after its results were used, for the answer waits for them."""
-        if self._events:
-            self._events[1].synchronize()
-            return self._events[0].elapsed_time(self._events[1]) / 1000
-        return self._seconds
 
 
 def sample_row(
