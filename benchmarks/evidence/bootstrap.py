@@ -58,7 +58,9 @@ def concordance(
     scored = np.isfinite(scores)
     scores, levels, weights = scores[scored], levels[scored], weights[:, scored]
     comparable = (levels[:, None] > levels[None, :]).astype(np.float32)
-    agreeing = comparable * ((scores[:, None] > scores[None, :]) + 0.5 * (scores[:, None] == scores[None, :])).astype(np.float32)
+    agreeing = comparable * ((scores[:, None] > scores[None, :]) + 0.5 * (scores[:, None] == scores[None, :])).astype(
+        np.float32
+    )
     return _order(((weights @ agreeing) * weights).sum(1), ((weights @ comparable) * weights).sum(1), len(scores))
 
 

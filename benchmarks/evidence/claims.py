@@ -181,7 +181,9 @@ def against_loss(contrasts: list[Contrast], measured: Measured) -> list[dict]:
     values = {name: measured.controlled(name, DEFAULT_CONTROL, pools) for name in measured.raw}
     signs = {}
     for name, one in values.items():
-        sides = [view.order(one[measured.at(view.rows)], 0).value - 0.5 for view in every_view if view.half == "development"]
+        sides = [
+            view.order(one[measured.at(view.rows)], 0).value - 0.5 for view in every_view if view.half == "development"
+        ]
         signs[name] = 1.0 if np.nanmean(sides) >= 0 else -1.0
     test = [view for view in every_view if view.half == "test"]
     orders = {
@@ -223,8 +225,12 @@ def short_table(findings: list[Finding], model: str) -> list[str]:
             for name in shown:
                 raw, controlled = (by_key[contrast, matched, name, control] for control in ("none", DEFAULT_CONTROL))
                 word = verdict(raw, controlled, expected_sign(name, contrast))
-                cells.append(f"{raw.auc:.2f} → {controlled.auc:.2f} [{controlled.low:.2f}, {controlled.high:.2f}] {word}")
-            lines.append(f"| {contrast} | {by_key[contrast, matched, 'loss', 'none'].rows} | " + " | ".join(cells) + " |")
+                cells.append(
+                    f"{raw.auc:.2f} → {controlled.auc:.2f} [{controlled.low:.2f}, {controlled.high:.2f}] {word}"
+                )
+            lines.append(
+                f"| {contrast} | {by_key[contrast, matched, 'loss', 'none'].rows} | " + " | ".join(cells) + " |"
+            )
     return lines
 
 
@@ -238,7 +244,9 @@ def table(arguments: argparse.Namespace) -> None:
         own = [c for c in contrasts if all(row.id in known for row in c.rows)]
         findings += findings_of(measured, own)
         aims += against_loss(own, measured)
-        combined += combination_tables(measured, own, pools_of(union(own), measured), lambda c, m=measured: best_views(views(c, m)))
+        combined += combination_tables(
+            measured, own, pools_of(union(own), measured), lambda c, m=measured: best_views(views(c, m))
+        )
     report = {
         "date": datetime.now(UTC).date().isoformat(), "models": [m.model for m in models], "rows": len(union(contrasts)),
         "contrasts": {c.name: {"kind": c.kind, "rows": len(c.rows)} for c in contrasts}, "resamples": RESAMPLES, "caliper": CALIPER,
@@ -291,7 +299,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("score", "table"))
     parser.add_argument("--data", type=Path, required=True, help="folder of the labelled data sets")
-    parser.add_argument("--out", type=Path, required=True, help="folder of stores and score tables, kept between stages")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of stores and score tables, kept between stages"
+    )
     parser.add_argument("--limit", type=int, default=700, help="rows of a class, or pairs, of each contrast")
     parser.add_argument("--model", type=Path, help="checkpoint to score with")
     parser.add_argument("--name", help="of the model in tables; its folder's name when left out")
@@ -299,7 +309,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.stage == "table":
-        return table(arguments)
+        table(arguments)
+        return
     if arguments.model is None:
         parser.error("score needs --model")
     name = arguments.name or arguments.model.resolve().name

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 Raw = dict[str, Any]
 PAIRS_PER_TASK = 60
 STYLES = {"none": "none", "simple": "simple", "detailed_gpt4o": "detailed"}
@@ -91,7 +89,8 @@ def build(data: Path, limit: int = 700) -> list[Contrast]:
             contrasts += make(rows, limit)
     if {"reasoning_r1_400", "gsm8k"} <= {path.name.split(".")[0] for path in data.iterdir()}:
         traces, solutions = (
-            read(next(p for p in data.iterdir() if p.name.split(".")[0] == name)) for name in ("reasoning_r1_400", "gsm8k")
+            read(next(p for p in data.iterdir() if p.name.split(".")[0] == name))
+            for name in ("reasoning_r1_400", "gsm8k")
         )
         contrasts += list(_traces_and_solutions(traces, solutions))
     return contrasts
@@ -160,7 +159,9 @@ def _chains_of_thought(rows: list[Raw], limit: int) -> list[Contrast]:
             if own == task and index in indices and not shuffled and other is not None and not other["is_correct"]:
                 wrong[STYLES.get(style, "wiki")].append((raw, other))
         for index in indices:
-            detailed, simple, none = (by_key.get((task, style, index, False)) for style in ("detailed_gpt4o", "simple", "none"))
+            detailed, simple, none = (
+                by_key.get((task, style, index, False)) for style in ("detailed_gpt4o", "simple", "none")
+            )
             if detailed and simple:
                 styles["detailed over simple"].append((detailed, simple))
             if detailed and none:
@@ -174,19 +175,25 @@ def _math(rows: list[Raw], limit: int) -> list[Contrast]:
     levelled = [raw for level in range(1, 6) for raw in sampled([r for r in rows if r["level"] == level], limit // 3)]
     ranked = sampled([raw for raw in rows if raw.get("limr_score") is not None], limit)
     return [
-        Contrast(name, "ordinal", tuple(_row(raw, "math") for raw in chosen), tuple(float(raw[label]) for raw in chosen))
+        Contrast(
+            name, "ordinal", tuple(_row(raw, "math") for raw in chosen), tuple(float(raw[label]) for raw in chosen)
+        )
         for name, chosen, label in (("math level", levelled, "level"), ("limr score", ranked, "limr_score"))
     ]
 
 
 def _flask(rows: list[Raw], limit: int) -> list[Contrast]:
-    reference = sampled([raw for raw in rows if raw["model"] == "reference" and raw["difficulty"] in FLASK_LEVELS], limit)
+    reference = sampled(
+        [raw for raw in rows if raw["model"] == "reference" and raw["difficulty"] in FLASK_LEVELS], limit
+    )
     difficulty = Contrast(
         "flask difficulty", "ordinal", tuple(_row(raw, "flask") for raw in reference),
         tuple(float(FLASK_LEVELS.index(raw["difficulty"])) for raw in reference),
     )  # fmt: skip
     strong, weak = ({raw["prompt"]: raw for raw in rows if raw["model"] == model} for model in ("gpt4", "alpaca_13b"))
-    both = sampled([raw for prompt, raw in strong.items() if prompt in weak and weak[prompt]["completion"].strip()], limit // 2)
+    both = sampled(
+        [raw for prompt, raw in strong.items() if prompt in weak and weak[prompt]["completion"].strip()], limit // 2
+    )
     return [difficulty, _paired("gpt-4 over alpaca-13b", "flask", [(raw, weak[raw["prompt"]]) for raw in both])]
 
 

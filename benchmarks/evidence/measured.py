@@ -10,9 +10,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from contrasts import Row
 from jaxtyping import Bool, Float, Int
 
-from contrasts import Row
 from selector import FeatureStore, ScoreConfig, score, score_dataset
 from selector.scores import Aggregation
 from selector.scores.from_store import FROM_SPECTRA, UNCONTROLLED, available
@@ -72,7 +72,9 @@ class Measured:
         """Write one small Parquet file."""
         columns = {name: pa.array(values, pa.float32(), from_pandas=True) for name, values in self.raw.items()}
         lengths = {"prompt_tokens": self.prompt_tokens, "response_tokens": self.response_tokens}
-        table = pa.table({"id": pa.array(self.ids, pa.string()), **{k: pa.array(v, pa.int32()) for k, v in lengths.items()}})
+        table = pa.table(
+            {"id": pa.array(self.ids, pa.string()), **{k: pa.array(v, pa.int32()) for k, v in lengths.items()}}
+        )
         for name, values in columns.items():
             if name not in lengths:
                 table = table.append_column(name, values)
@@ -90,7 +92,9 @@ class Measured:
         return cls((table.schema.metadata or {})[b"model"].decode(), ids.astype(str), prompt, response, raw)
 
 
-def measure(model_folder: Path, name: str, rows: Sequence[Row], out: Path, scorers: Sequence[str], device: str) -> Measured:
+def measure(
+    model_folder: Path, name: str, rows: Sequence[Row], out: Path, scorers: Sequence[str], device: str
+) -> Measured:
     """Score rows once, through the library, and aggregate every score that the claims look at.
 
     Args:

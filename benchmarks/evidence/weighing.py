@@ -50,7 +50,9 @@ def standardized(measured: Measured, names: Sequence[str], pools: Sequence[np.nd
     return np.stack(columns, axis=1)
 
 
-def fit(features: Float[np.ndarray, "N F"], views: Sequence[View], positions: Sequence[np.ndarray]) -> Float[np.ndarray, " F"]:
+def fit(
+    features: Float[np.ndarray, "N F"], views: Sequence[View], positions: Sequence[np.ndarray]
+) -> Float[np.ndarray, " F"]:
     """Weights by which the better rows come before the worse ones.
 
     Args:
@@ -78,7 +80,10 @@ def fit(features: Float[np.ndarray, "N F"], views: Sequence[View], positions: Se
 
 
 def combination_tables(
-    measured: Measured, contrasts: Sequence[Contrast], pools: Sequence[np.ndarray], views_of: Callable[[Contrast], list[View]]
+    measured: Measured,
+    contrasts: Sequence[Contrast],
+    pools: Sequence[np.ndarray],
+    views_of: Callable[[Contrast], list[View]],
 ) -> list[dict[str, Any]]:
     """Mean test AUC of each set of scores, and on how many contrasts it beats controlled loss.
 

@@ -15,6 +15,8 @@ import torch
 
 FORWARD = "forward"
 """Forward pass of the model and the losses."""
+SCORES = "scores"
+"""What else forward passes give, with further passes that it needs."""
 BACKWARD = "backward"
 """Backward pass, with what hooks do in it."""
 FACTORS = "factors"

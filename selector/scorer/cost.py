@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from selector.batching import token_budget_batches
 from selector.data.samples import Sample
-from selector.scorer.clocks import BACKWARD, FACTORS, FORWARD, SPECTRA, WRITING, Clocks
+from selector.scorer.clocks import BACKWARD, FACTORS, FORWARD, SCORES, SPECTRA, WRITING, Clocks
 from selector.scorer.features import FeatureExtractor
 from selector.scorer.measure import Collate, padded_tokens
 from selector.types import MEASURES
@@ -83,7 +83,8 @@ def estimate(
     per_token = [spent / padded_tokens(batches[i]) for i, spent in zip(chosen, seconds, strict=True)]
     sizes = np.array([padded_tokens(batch) for batch in batches])
     whole = float(np.interp(np.arange(len(batches)), chosen, per_token) @ sizes) / state.num_processes
-    bytes_per_sample = BYTES_BESIDE_FEATURES + COMPRESSED * 4 * len(MEASURES) * len(extract.targets)
+    numbers = len(MEASURES) * len(extract.targets) + len(extract.scores.scorers)
+    bytes_per_sample = BYTES_BESIDE_FEATURES + COMPRESSED * 4 * numbers
     if extract.sketch is not None:
         bytes_per_sample += (2 * extract.sketch.dimension + 4) * len(extract.targets)
     return Estimate(
@@ -108,6 +109,7 @@ def phases(clocks: Clocks, preparing: float, measuring: float, waiting: float) -
         "model": clocks.seconds(FORWARD) + clocks.seconds(BACKWARD) - factors,
         "factors": factors,
         "spectra": clocks.seconds(SPECTRA),
+        "scores": clocks.seconds(SCORES),
         "writing": clocks.seconds(WRITING),
     }
     other = {"other": measuring - sum(counted.values()), "waiting": waiting}
