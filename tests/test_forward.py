@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES, build, random_samples
 from torch import Tensor
 
 from selector.batching import Batch, collate, join
@@ -100,6 +101,17 @@ def test_scores_equal_plain_references(small_llama, samples, layout):
     for sample in samples:
         for name, expected in plain_scores(small_llama, sample).items():
             assert found[sample.sample_id][name] == pytest.approx(expected, rel=TOLERANCE), (sample.sample_id, name)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "opt", "gpt2"])
+def test_scores_of_other_families_equal_plain_references(name):
+    """Logits that are capped or scaled, a head that reads a decoder inside the model, another name of the body."""
+    model = build(FAMILIES[name])
+    made = random_samples(9, 14)
+    found = rows_of(model, collate(made, 0))
+    for sample in made:
+        for score, expected in plain_scores(model, sample).items():
+            assert found[sample.sample_id][score] == pytest.approx(expected, rel=TOLERANCE), score
 
 
 def test_ifd_keeps_a_begin_of_text_token_and_predicts_the_whole_response(small_llama, samples):
