@@ -14,9 +14,10 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from tyro.conf import arg
 
 from selector.errors import ConfigError, SelectorError, did_you_mean, raise_all
 
@@ -48,7 +49,8 @@ def _execution(default: Any) -> Any:
 class ScoreConfig:
     """How samples are read, batched and measured."""
 
-    scorers: tuple[str, ...] = _identity(("spectra",))
+    # on the command line `--with`, which no field of Python can be called
+    scorers: Annotated[tuple[str, ...], arg(name="with")] = _identity(("spectra",))
     """What to measure: the gradients' spectra, or scores for which forward passes suffice: loss (kept in any case), ifd,
     hidden_effective_rank, angle_concentration, logit_nuclear_norm; without spectra no backward pass is run."""
     format: Format = _identity("auto")

@@ -32,7 +32,7 @@ ONLY_IN = {
     "faiss": ("selector.index.faiss_backend",),
     "trl": ("selector.integrations", "selector.cli.demo"),
     "matplotlib": ("selector.plots",),
-    "tyro": ("selector.cli",),
+    "tyro": ("selector.cli", "selector.config"),  # settings carry their names and help on the command line
     "rich": ("selector.cli",),
     "jinja2": ("selector.report",),
 }

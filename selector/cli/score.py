@@ -7,10 +7,10 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.table import Table
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import OmitArgPrefixes
 
 from selector.cli.command import Command, console
 from selector.cli.inspect import time_by_phase
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
     from selector.store import FeatureStore
 
 EXIT_TOO_MANY_FAILED = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommandLineConfig(ScoreConfig):
-    """The same settings, with `--with` for the scorers: no field of Python can have that name."""
-
-    scorers: Annotated[tuple[str, ...], arg(name="with")] = field(
-        default=ScoreConfig.scorers, metadata={"identity": True}
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +53,7 @@ class ScoreCommand(Command):
     """Reference model of the DPO loss, where the data set has no log-probabilities of one; else the model itself."""
     chat_template: Path | None = None
     """Jinja file that takes the place of the tokenizer's chat template, such as one that marks what the assistant generates."""
-    config: OmitArgPrefixes[CommandLineConfig] = field(default_factory=CommandLineConfig)
+    config: OmitArgPrefixes[ScoreConfig] = field(default_factory=ScoreConfig)
     """How samples are read, batched and measured."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint; never taken from a settings file."""

@@ -23,7 +23,7 @@ Columns of a shard, one row per sample:
     status          string   see `STATUSES`
     loss            float32  mean cross-entropy over the loss tokens, nats per token; null without a score
     <measure>       fixed-size list of float32 over the layer table, one column for each of `types.MEASURES`;
-                    null where the sample has no score, null entries where a layer got no gradient; none of these columns
+                    null entries where a layer got no gradient, and all of them where the sample has no score; none of these columns
                     in stores without spectra, whose layer table is empty
     <score>         float32, one column for each of the identity's `scores`, in alphabetical order; null where the
                     sample has no such score
