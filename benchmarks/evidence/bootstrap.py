@@ -2,15 +2,17 @@
 
 Everything is on the scale of an AUC: the share of comparable pairs that the score puts in the order of their labels, equal scores
 counting half. Of two classes that is the area under the ROC curve; of levels it is (1 + D) / 2 with Somers' D; of paired rows the
-share of pairs. Intervals are percentiles over resamples of whole prompts, since rows of one prompt are not independent.
+share of pairs. Intervals are percentiles over resamples of whole groups, since rows of one prompt are not independent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
+from scipy.stats import norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,28 +22,29 @@ class Order:
     value: float
     """0 to 1; NaN where no pair can be compared."""
     resampled: Float[np.ndarray, " B"]
-    """The same of each resample; of equal rows and seeds, resamples of two scores are of the same prompts."""
+    """The same of each resample; of equal groups and seeds, resamples of two scores are of the same groups."""
     rows: int
     """Rows with a score."""
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval."""
-        low, high = np.nanpercentile(self.resampled, [2.5, 97.5]) if self.resampled.size else (np.nan, np.nan)
+        known = self.resampled[np.isfinite(self.resampled)]
+        low, high = np.percentile(known, [2.5, 97.5]) if known.size else (np.nan, np.nan)
         return float(low), float(high)
 
 
-def resamples(groups: np.ndarray, count: int, seed: int) -> Float[np.ndarray, "B+1 N"]:
-    """How often each row occurs in resamples of whole groups; the first line is the sample itself.
+def resamples(groups: np.ndarray, count: int, seed: int = 0) -> Float[np.ndarray, "B+1 N"]:
+    """How often each unit occurs in resamples of whole groups; the first line is the sample itself.
 
     Args:
-        groups: [N] the prompt of each row.
+        groups: [N] what each unit, a row or a pair, is resampled with.
         count: B.
         seed: of the draws.
     """
     _, group = np.unique(groups, return_inverse=True)
-    total = int(group.max(initial=-1)) + 1
-    counts = np.random.default_rng(seed).multinomial(total, np.full(total, 1 / max(total, 1)), size=count)
+    total = int(group.max(initial=0)) + 1
+    counts = np.random.default_rng(seed).multinomial(total, np.full(total, 1 / total), size=count)
     return np.concatenate([np.ones((1, len(groups))), counts[:, group]]).astype(np.float32)
 
 
@@ -57,59 +60,57 @@ def concordance(
     """
     scored = np.isfinite(scores)
     scores, levels, weights = scores[scored], levels[scored], weights[:, scored]
-    comparable = (levels[:, None] > levels[None, :]).astype(np.float32)
-    agreeing = comparable * ((scores[:, None] > scores[None, :]) + 0.5 * (scores[:, None] == scores[None, :])).astype(
-        np.float32
-    )
-    return _order(((weights @ agreeing) * weights).sum(1), ((weights @ comparable) * weights).sum(1), len(scores))
+    agreeing, comparable = np.zeros((2, len(weights)))
+    for level in np.unique(levels)[1:]:
+        upper, lower = levels == level, levels < level
+        better, worse = scores[upper, None], scores[lower]
+        wins = (better > worse) + 0.5 * (better == worse)
+        agreeing += ((weights[:, upper] @ wins.astype(np.float32)) * weights[:, lower]).sum(1, dtype=np.float64)
+        comparable += weights[:, upper].sum(1, dtype=np.float64) * weights[:, lower].sum(1, dtype=np.float64)
+    return _order(agreeing, comparable, len(scores))
 
 
-def paired(scores: Float[np.ndarray, " N"], weights: Float[np.ndarray, "B+1 N"]) -> Order:
-    """Share of pairs whose first row has the higher score.
+def paired(
+    better: Float[np.ndarray, " P"], worse: Float[np.ndarray, " P"], weights: Float[np.ndarray, "B+1 P"]
+) -> Order:
+    """Share of pairs whose better row has the higher score; a pair counts where both have one.
 
     Args:
-        scores: better and worse row of each pair in turn; a pair counts where both have one.
-        weights: what `resamples` returned; the rows of a pair belong to one group.
+        better: scores.
+        worse: scores.
+        weights: what `resamples` returned for the pairs.
     """
-    better, worse = scores[0::2], scores[1::2]
     both = np.isfinite(better) & np.isfinite(worse)
-    wins = ((better > worse) + 0.5 * (better == worse))[both].astype(np.float32)
-    own = weights[:, 0::2][:, both]
+    wins = ((better > worse) + 0.5 * (better == worse))[both]
+    own = weights[:, both].astype(np.float64)
     return _order(own @ wins, own.sum(1), 2 * int(both.sum()))
 
 
-def matched_pairs(
-    better: Float[np.ndarray, "M 2"], worse: Float[np.ndarray, "K 2"], caliper: float
-) -> list[tuple[int, int]]:
-    """For each better row a worse one of like lengths, each used once, nearest first.
+def p_greater(first: Order, second: Order) -> float:
+    """One-sided p value of the first order not being better than the second, both of the same resamples.
 
-    Args:
-        better: log lengths of prompt and completion.
-        worse: of the other class.
-        caliper: largest difference of each log length.
+    Normal, with the deviation of the resampled difference, so that it can be smaller than one over the number of resamples.
     """
-    distance = np.abs(better[:, None] - worse[None, :]).max(-1)
-    pairs, free = [], np.ones(len(worse), dtype=bool)
-    for i in np.argsort(distance.min(1, initial=np.inf), kind="stable").tolist():
-        candidates = np.where(free, distance[i], np.inf)
-        j = int(candidates.argmin()) if len(candidates) else 0
-        if len(candidates) and candidates[j] <= caliper:
-            free[j] = False
-            pairs.append((i, j))
-    return pairs
+    difference = first.resampled - second.resampled
+    deviation = float(np.nanstd(difference)) if np.isfinite(difference).any() else 0.0
+    gain = first.value - second.value
+    return float(norm.sf(gain / deviation)) if deviation > 0 and np.isfinite(gain) else 1.0
 
 
-def like_pairs(lengths: Float[np.ndarray, " N"], caliper: float) -> Bool[np.ndarray, " N"]:
-    """Rows of pairs whose two completions have like lengths.
+def holm(p_values: Sequence[float]) -> Float[np.ndarray, " K"]:
+    """P values corrected for their number by Holm's step-down rule.
 
-    Args:
-        lengths: log tokens of better and worse row in turn.
-        caliper: largest difference.
+    Source: Holm 1979, A simple sequentially rejective multiple test procedure.
     """
-    return np.repeat(np.abs(lengths[0::2] - lengths[1::2]) <= caliper, 2)
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(stepped, 1.0)
+    return corrected
 
 
-def _order(agreeing: np.ndarray, comparable: np.ndarray, rows: int) -> Order:
+def _order(agreeing: Float[np.ndarray, " B+1"], comparable: Float[np.ndarray, " B+1"], rows: int) -> Order:
     with np.errstate(invalid="ignore", divide="ignore"):
-        values = (agreeing / comparable).astype(np.float64)
+        values = agreeing / comparable
     return Order(float(values[0]), values[1:], rows)

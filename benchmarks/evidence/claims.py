@@ -1,323 +1,177 @@
 """What the scores say of data that somebody labelled, raw and with length taken out.
 
-    python benchmarks/evidence/claims.py score --data DIR --model DIR --name small --out OUT    one model; can be killed and repeated
-    python benchmarks/evidence/claims.py table --data DIR --out OUT                             all models in OUT
+    python benchmarks/evidence/claims.py rows  --data DIR --out OUT                   rows of all contrasts, once, as one file
+    python benchmarks/evidence/claims.py score --model DIR --out OUT --name small     one model; can be killed and repeated
+    python benchmarks/evidence/claims.py table --data DIR --out OUT                   all models scored in OUT
 
-`table` prints and writes `benchmarks/results/evidence_claims_<date>.md` and `.json`: for every contrast of `contrasts.py` the AUC of every
-score with a 95 % interval, on the half of the prompts that nothing was fitted on. Contrasts that are paired, or whose classes are
-matched by length, come first, since on the others length alone may win.
-
-A score's verdict on a contrast, with the sign that `expectations.yaml` wrote down beforehand:
-
-    holds         with length taken out, the interval lies on the expected side of 0.5
-    length only   it does so raw, and no longer when length is taken out
-    wrong sign    with length taken out, the interval lies on the other side
-    nothing       none of these
+`score` reads nothing but `OUT/rows.parquet` and leaves, beside the feature store `OUT/small`, the file `OUT/small.scores.parquet`: a few
+numbers per row and no text. `table` needs these files and the labels alone, prints the tables, and writes
+`benchmarks/results/evidence_claims_<date>.md` and `.json`. What its words mean is said in `findings.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import platform
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from bootstrap import Order, concordance, like_pairs, matched_pairs, paired, resamples
-from contrasts import Contrast, Row, build, union
-from measured import CONTROLS, FORWARD, Measured, measure
-from weighing import combination_tables
+from contrasts import LIMIT, PROMPTS_PER_TASK, Contrast, build, union
+from findings import CALIPER, CONTROL, RESAMPLES, View, find, headline, pool_of, views
+from measured import SUFFIX, Measured, measure, write_rows
+from tables import document, families
+from weighing import SETS, Halves, against_loss, combine, single
 
 from selector.runtime import versions
 
-RESAMPLES = 500
-CALIPER = 0.15
-"""Largest difference of log lengths of rows that count as of one length."""
-FEWEST = 30
-"""Rows of a class, or pairs, that a length-matched version needs in each half."""
 RESULTS = Path(__file__).parents[1] / "results"
-EXPECTATIONS = Path(__file__).with_name("expectations.yaml")
-DEFAULT_CONTROL = "spline"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What one score says of one contrast under one model, on one half."""
-
-    model: str
-    contrast: str
-    matched: bool
-    """Whether rows were matched by length."""
-    score: str
-    control: str
-    half: str
-    auc: float
-    low: float
-    high: float
-    rows: int
+def rows_stage(arguments: argparse.Namespace) -> None:
+    """Write the rows of all contrasts."""
+    contrasts = build(arguments.data, arguments.limit)
+    rows = union(contrasts)
+    write_rows(rows, arguments.out / "rows.parquet")
+    print(f"{arguments.out / 'rows.parquet'}: {len(rows):,} rows of {len(contrasts)} contrasts")
 
 
-@dataclass(frozen=True, eq=False)
-class View:
-    """One half of a contrast, as it is or matched by length."""
-
-    contrast: Contrast
-    matched: bool
-    half: str
-    rows: tuple[Row, ...]
-    levels: np.ndarray
-
-    @property
-    def kind(self) -> str:
-        """Paired rows are compared in pairs, all others by level."""
-        return self.contrast.kind
-
-    def order(self, scores: np.ndarray, count: int = RESAMPLES) -> Order:
-        """How a score orders the rows.
-
-        Args:
-            scores: of the view's rows.
-            count: resamples; 0 for the value alone.
-        """
-        weights = self.weights(count)
-        return paired(scores, weights) if self.kind == "paired" else concordance(scores, self.levels, weights)
-
-    @cache  # noqa: B019 - views live as long as the table
-    def weights(self, count: int) -> np.ndarray:
-        """Resamples of the view's prompts."""
-        return resamples(np.array([row.group for row in self.rows]), count, seed=0)
+def score_stage(arguments: argparse.Namespace) -> None:
+    """Score the rows with one model."""
+    rows = arguments.out / "rows.parquet"
+    if not rows.exists():
+        if arguments.data is None:
+            raise SystemExit(f"there is no {rows}: make it with `claims.py rows --data DIR --out {arguments.out}`")
+        rows_stage(arguments)
+    name = arguments.name or arguments.model.resolve().name
+    found = measure(arguments.model, name, rows, arguments.out / name, arguments.device)
+    path = arguments.out / f"{name}{SUFFIX}"
+    found.save(path)
+    print(
+        f"{path}: {len(found.ids):,} rows, {len(found.raw)} scores, {path.stat().st_size / 1e6:.1f} MB; {found.about['status']}"
+    )
 
 
-def views(contrast: Contrast, measured: Measured) -> list[View]:
-    """Both halves of a contrast, and both halves of its length-matched version where enough rows are left.
-
-    Args:
-        contrast: any.
-        measured: gives the lengths by which rows are matched.
-    """
-    found = []
-    levels = np.array(contrast.levels)
-    lengths = measured.lengths()[measured.at(contrast.rows)]
-    for half in ("development", "test"):
-        own = np.array([row.is_test == (half == "test") for row in contrast.rows])
-        if contrast.kind == "paired":
-            alike = own & like_pairs(lengths[:, 1], CALIPER)
-        elif contrast.kind == "classes":
-            better, worse = (np.flatnonzero(own & (levels == level)) for level in (1.0, 0.0))
-            pairs = matched_pairs(lengths[better], lengths[worse], CALIPER)
-            alike = np.zeros(len(own), dtype=bool)
-            alike[[better[i] for i, _ in pairs] + [worse[j] for _, j in pairs]] = True
-        else:
-            alike = np.zeros(len(own), dtype=bool)
-        for matched, chosen in ((True, alike), (False, own)):
-            if chosen.sum() >= 2 * FEWEST:
-                rows = tuple(row for row, keep in zip(contrast.rows, chosen, strict=True) if keep)
-                found.append(View(contrast, matched, half, rows, levels[chosen]))
-    return found
-
-
-def pools_of(rows: list[Row], measured: Measured) -> list[np.ndarray]:
-    """Positions of the rows of each pool."""
-    positions = measured.at(rows)
-    names = np.array([row.pool for row in rows])
-    return [positions[names == name] for name in np.unique(names)]
-
-
-def findings_of(measured: Measured, contrasts: list[Contrast]) -> list[Finding]:
-    """Every score on every contrast under one model."""
-    pools = pools_of(union(contrasts), measured)
-    every_view = [view for contrast in contrasts for view in views(contrast, measured)]
-    positions = [measured.at(view.rows) for view in every_view]
-    found = []
-    for name in measured.raw:
-        for control in CONTROLS:
-            values = measured.controlled(name, control, pools)
-            for view, at in zip(every_view, positions, strict=True):
-                wide = view.half == "test" and control in ("none", DEFAULT_CONTROL)
-                order = view.order(values[at], RESAMPLES if wide else 0)
-                found.append(
-                    Finding(measured.model, view.contrast.name, view.matched, name, control, view.half, order.value, *order.interval, order.rows)
-                )  # fmt: skip
-    return found
-
-
-def expected_sign(score: str, contrast: str) -> int:
-    """What was written down beforehand."""
-    expectations = _expectations()
-    measure_name = score.split(",")[0]
-    own = expectations["exceptions"].get(contrast, {}).get(measure_name) or expectations["scores"][measure_name]
-    return own["sign"]
-
-
-@cache
-def _expectations() -> dict:
-    return yaml.safe_load(EXPECTATIONS.read_text())
-
-
-def verdict(raw: Finding, controlled: Finding, sign: int) -> str:
-    """In the words of the module."""
-    if sign == 0:
-        return "nothing expected"
-
-    def side(finding: Finding) -> int:
-        return sign * (int(finding.low > 0.5) - int(finding.high < 0.5))
-
-    if side(controlled) > 0:
-        return "holds"
-    if side(controlled) < 0:
-        return "wrong sign"
-    return "length only" if side(raw) > 0 else "nothing"
-
-
-def against_loss(contrasts: list[Contrast], measured: Measured) -> list[dict]:
-    """On how many contrasts each controlled score beats controlled loss; one sign per score, chosen on development."""
-    pools = pools_of(union(contrasts), measured)
-    every_view = [view for contrast in contrasts for view in best_views(views(contrast, measured))]
-    values = {name: measured.controlled(name, DEFAULT_CONTROL, pools) for name in measured.raw}
-    signs = {}
-    for name, one in values.items():
-        sides = [
-            view.order(one[measured.at(view.rows)], 0).value - 0.5 for view in every_view if view.half == "development"
-        ]
-        signs[name] = 1.0 if np.nanmean(sides) >= 0 else -1.0
-    test = [view for view in every_view if view.half == "test"]
-    orders = {
-        name: [view.order(signs[name] * one[measured.at(view.rows)]) for view in test] for name, one in values.items()
-    }
-    table = []
-    for name, own in orders.items():
-        gains = [a.value - b.value for a, b in zip(own, orders["loss"], strict=True)]
-        sure = [np.nanpercentile(a.resampled - b.resampled, 2.5) > 0 for a, b in zip(own, orders["loss"], strict=True)]
-        mean = np.nanmean([order.resampled for order in own], axis=0)
-        low, high = np.nanpercentile(mean, [2.5, 97.5])
-        table.append(
-            {"model": measured.model, "score": name, "sign": signs[name], "mean AUC": float(np.nanmean([order.value for order in own])),
-             "low": float(low), "high": float(high), "contrasts": len(own), "beats loss": int(np.sum(np.array(gains) > 0)),
-             "surely": int(np.sum(sure))}
-        )  # fmt: skip
-    return sorted(table, key=lambda row: -row["mean AUC"])
-
-
-def best_views(own: list[View]) -> list[View]:
-    """Of each half the length-matched view, else the one as it is."""
-    matched = {view.half: view for view in own if view.matched}
-    return [matched.get(view.half, view) for view in own if not view.matched]
-
-
-def short_table(findings: list[Finding], model: str) -> list[str]:
-    """Main scores on every contrast, the length-matched views first."""
-    by_key = {(f.contrast, f.matched, f.score, f.control): f for f in findings if f.model == model and f.half == "test"}
-    shown = [name for name in dict.fromkeys(f.score for f in findings) if "," not in name and name != "random"]
-    lines = []
-    for matched in (True, False):
-        names = [c for c in dict.fromkeys(f.contrast for f in findings) if (c, matched, "loss", "none") in by_key]
-        lines += [
-            "", f"### {model}, {'rows matched by length' if matched else 'rows as they are'}", "",
-            "| contrast | rows | " + " | ".join(shown) + " |", "|---|---|" + "---|" * len(shown),
-        ]  # fmt: skip
-        for contrast in names:
-            cells = []
-            for name in shown:
-                raw, controlled = (by_key[contrast, matched, name, control] for control in ("none", DEFAULT_CONTROL))
-                word = verdict(raw, controlled, expected_sign(name, contrast))
-                cells.append(
-                    f"{raw.auc:.2f} → {controlled.auc:.2f} [{controlled.low:.2f}, {controlled.high:.2f}] {word}"
-                )
-            lines.append(
-                f"| {contrast} | {by_key[contrast, matched, 'loss', 'none'].rows} | " + " | ".join(cells) + " |"
-            )
-    return lines
-
-
-def table(arguments: argparse.Namespace) -> None:
+def table_stage(arguments: argparse.Namespace) -> None:
     """Read what `score` left for each model and write the tables."""
     contrasts = build(arguments.data, arguments.limit)
-    models = [Measured.load(path) for path in sorted(arguments.out.glob("*.parquet"))]
-    findings, aims, combined = [], [], []
-    for measured in models:
-        known = set(measured.ids.tolist())
-        own = [c for c in contrasts if all(row.id in known for row in c.rows)]
-        findings += findings_of(measured, own)
-        aims += against_loss(own, measured)
-        combined += combination_tables(
-            measured, own, pools_of(union(own), measured), lambda c, m=measured: best_views(views(c, m))
+    paths = sorted(arguments.out.glob(f"*{SUFFIX}"))
+    if not paths:
+        raise SystemExit(
+            f"no scores in {arguments.out}: make them with `claims.py score --model DIR --out {arguments.out}`"
         )
-    report = {
-        "date": datetime.now(UTC).date().isoformat(), "models": [m.model for m in models], "rows": len(union(contrasts)),
-        "contrasts": {c.name: {"kind": c.kind, "rows": len(c.rows)} for c in contrasts}, "resamples": RESAMPLES, "caliper": CALIPER,
-        "machine": platform.machine(), "versions": versions(),
-    }  # fmt: skip
-    lines = [
-        f"# Claims: {len(contrasts)} labelled contrasts, {report['rows']:,} rows, {len(models)} models", "",
-        "AUC on the test half of the prompts: raw → with length taken out (spline) [95 % interval] verdict.", "",
-        "## One score, one sign (chosen on development), mean AUC over the test contrasts with length taken out", "",
-        "| model | score | sign | mean AUC [95 %] | beats controlled loss | surely |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for model in report["models"]:
-        own = [row for row in aims if row["model"] == model]
-        for row in [*own[:12], *(row for row in own[12:] if "," not in row["score"])]:
-            lines.append(
-                f"| {model} | {row['score']} | {row['sign']:+.0f} | {row['mean AUC']:.3f} [{row['low']:.3f}, {row['high']:.3f}] "
-                f"| {row['beats loss']} of {row['contrasts']} | {row['surely']} |"
+    models = [Measured.load(path) for path in paths]
+    for measured in models:
+        missing = {row.id for row in union(contrasts)} - set(measured.ids.tolist())
+        if missing:
+            raise SystemExit(
+                f"{measured.model} was scored on other rows: {len(missing):,} are missing, such as {min(missing)}; use the same --data and --limit"
             )
-    lines += [
-        "", "## Combinations, weights fitted on development contrasts, evaluated on test", "",
-        "| model | features | mean AUC [95 %] | beats controlled loss | surely |", "|---|---|---|---|---|",
-    ]  # fmt: skip
-    lines += [
-        f"| {row['model']} | {row['features']} | {row['mean AUC']:.3f} [{row['low']:.3f}, {row['high']:.3f}] "
-        f"| {row['beats loss']} of {row['contrasts']} | {row['surely']} |"
-        for row in combined
-    ]
-    for model in report["models"]:
-        lines += short_table(findings, model)
-    print("\n".join(lines))
+    models.sort(key=lambda measured: measured.about["parameters"])
+    results = {measured.model: of_model(measured, contrasts) for measured in models}
+    about = {
+        "date": datetime.now(UTC).date().isoformat(), "rows": len(union(contrasts)), "control": CONTROL, "resamples": RESAMPLES,
+        "caliper": CALIPER, "limit": arguments.limit, "prompts per task": PROMPTS_PER_TASK, "seed": 0,
+        "tables made on": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions(),
+        "models": {measured.model: measured.about for measured in models},
+    }  # fmt: skip
+    agreement = families(models, results)
+    text = document(about, results, agreement)
+    print(text)
     arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / f"evidence_claims_{report['date']}"
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    content = report | {"one score": aims, "combinations": combined, "findings": [asdict(f) for f in findings]}
-    path.with_suffix(".json").write_text(json.dumps(_rounded(content), separators=(",", ":")) + "\n")
+    path = arguments.results / f"evidence_claims_{about['date']}"
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    content = {"about": about, "families": agreement, "models": {name: as_plain(one) for name, one in results.items()}}
+    path.with_suffix(".json").write_text(json.dumps(rounded(content), separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-def _rounded(value):
-    """Numbers of five digits: what is past them is noise, and the file stays small."""
+def of_model(measured: Measured, contrasts: list[Contrast]) -> dict[str, Any]:
+    """Everything that is found under one model."""
+    rows_by_source: dict[str, list[int]] = {}
+    for row, position in zip(union(contrasts), measured.at(union(contrasts)).tolist(), strict=True):
+        rows_by_source.setdefault(row.source, []).append(position)
+    sources = {source: np.array(own) for source, own in rows_by_source.items()}
+    pools = [pool_of(contrast, sources) for contrast in contrasts]
+    every = [views(contrast, measured) for contrast in contrasts]
+    # a contrast of which a half is empty, as in small samples, can be looked at and not be fitted on
+    halves = [
+        Halves.of(own, pool)
+        for own, pool in zip(every, pools, strict=True)
+        if {view.half for view in own} == {"development", "test"}
+    ]
+    candidates = [single(measured, halves, name) for name in measured.raw]
+    candidates += [
+        combine(measured, halves, title, names) for title, names in SETS.items() if title != "loss" and set(names) <= measured.raw.keys()
+    ]  # fmt: skip
+    return {
+        "findings": find(measured, every, pools),
+        "views": {(view.contrast.name, view.half, view.matched): view.size for own in every for view in own},
+        "headline": {own[0].contrast.name: headline(own, "test").matched for own in every if any(v.half == "test" for v in own)},
+        "for all contrasts": against_loss(candidates, halves),
+        "parts": [part for own, pool in zip(every, pools, strict=True) for part in of_parts(measured, own, pool)],
+    }  # fmt: skip
+
+
+def of_parts(measured: Measured, own: list[View], pool: np.ndarray) -> list[dict[str, Any]]:
+    """Main scores on the test half of each part of a contrast."""
+    found = []
+    for name in sorted(set(own[0].contrast.parts)) if own else ():
+        part = next(view for view in own if view.half == "test" and not view.matched).part(name)
+        for score in (score for score in measured.raw if "," not in score):
+            order = part.order(measured.controlled(score, CONTROL, pool))
+            found.append({"contrast": part.contrast.name, "part": name, "score": score, "pairs": order.rows // 2, "auc": order.value, "interval": list(order.interval)})  # fmt: skip
+    return found
+
+
+def as_plain(result: dict[str, Any]) -> dict[str, Any]:
+    """Results of one model for JSON: contrast, half, matched or not, score, control → AUC and interval."""
+    nested: dict[str, Any] = {}
+    for one in result["findings"]:
+        view = nested.setdefault(one.contrast, {}).setdefault(
+            f"{one.half}, {'matched' if one.matched else 'as is'}", {}
+        )
+        view.setdefault(one.score, {})[one.control] = [one.auc, one.low, one.high]
+    sizes = {
+        f"{contrast}, {half}, {'matched' if matched else 'as is'}": size
+        for (contrast, half, matched), size in result["views"].items()
+    }
+    return {"auc": nested, "sizes": sizes} | {key: result[key] for key in ("headline", "for all contrasts", "parts")}
+
+
+def rounded(value: Any) -> Any:
+    """Numbers of four digits: what is past them is noise, and the file stays small."""
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
+        return {key: rounded(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_rounded(one) for one in value]
+        return [rounded(one) for one in value]
     if isinstance(value, float):
-        return None if np.isnan(value) else float(f"{value:.5g}")
+        return None if math.isnan(value) else float(f"{value:.4g}")
     return value
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("score", "table"))
-    parser.add_argument("--data", type=Path, required=True, help="folder of the labelled data sets")
+    parser.add_argument("stage", choices=("rows", "score", "table"))
+    parser.add_argument("--data", type=Path, help="folder of the labelled data sets")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of stores and score tables, kept between stages"
+        "--out", type=Path, required=True, help="folder of rows, stores and scores, kept between stages"
     )
-    parser.add_argument("--limit", type=int, default=700, help="rows of a class, or pairs, of each contrast")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="rows of a class, or pairs, of each contrast at most")
     parser.add_argument("--model", type=Path, help="checkpoint to score with")
     parser.add_argument("--name", help="of the model in tables; its folder's name when left out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     arguments = parser.parse_args()
-    if arguments.stage == "table":
-        table(arguments)
-        return
-    if arguments.model is None:
+    if arguments.stage in ("rows", "table") and arguments.data is None:
+        parser.error(f"{arguments.stage} needs --data")
+    if arguments.stage == "score" and arguments.model is None:
         parser.error("score needs --model")
-    name = arguments.name or arguments.model.resolve().name
-    rows = union(build(arguments.data, arguments.limit))
-    found = measure(arguments.model, name, rows, arguments.out / name, ("spectra", *FORWARD), arguments.device)
-    found.save(arguments.out / f"{name}.parquet")
-    print(f"{name}: {len(found.ids):,} rows, {len(found.raw)} scores")
+    {"rows": rows_stage, "score": score_stage, "table": table_stage}[arguments.stage](arguments)
 
 
 if __name__ == "__main__":

@@ -1,118 +1,180 @@
-"""One set of weights for all contrasts: a pairwise logistic regression, fitted on development and looked at on test.
+"""One number per row for all contrasts: single scores with one sign each, and combinations with one set of weights.
 
-A contrast is turned into differences of feature vectors, better minus worse, of its pairs or of random pairs of different levels;
-each contrast weighs the same. The features are controlled scores, standardized within their pool, so a weight says how much a
-standard deviation of one score counts beside the others.
+A combination is a pairwise logistic regression: the difference of the features of a better and a worse row says which is which. It
+is fitted on the development halves alone, every contrast weighing the same. Features are controlled scores, standardized in the pool
+of their contrast, so a weight says how much a standard deviation of one score counts beside the others. The strength of the ridge is
+the one that does best on development contrasts of data sets that the weights have not seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from contrasts import Contrast
-from jaxtyping import Float
+from bootstrap import Order, holm, p_greater
+from findings import CONTROL, View, headline
+from jaxtyping import Float, Int
 from measured import Measured
 from sklearn.linear_model import LogisticRegression
 
-if TYPE_CHECKING:
-    from claims import View
-
-SPECTRA = tuple(
-    f"{measure}, {part}"
-    for measure in ("effective_rank", "nuclear_norm", "stable_rank", "spectral_norm")
-    for part in ("attention", "mlp", "early", "middle", "late")
-)
+BANDS = ("attention", "mlp", "early", "late")
+SPECTRA = tuple(f"{measure}, {band}" for measure in ("effective_rank", "nuclear_norm", "stable_rank") for band in BANDS)
+FORWARD = ("hidden_effective_rank", "angle_concentration", "logit_nuclear_norm")
 SETS = {
     "loss": ("loss",),
     "loss + ifd": ("loss", "ifd"),
-    "forward scores": ("loss", "ifd", "hidden_effective_rank", "angle_concentration", "logit_nuclear_norm"),
+    "loss + ifd + other forward scores": ("loss", "ifd", *FORWARD),
     "effective rank + nuclear norm": ("effective_rank", "nuclear_norm"),
+    "effective rank + nuclear norm + loss": ("effective_rank", "nuclear_norm", "loss"),
     "spectra": SPECTRA,
     "spectra + loss": (*SPECTRA, "loss"),
-    "all": (*SPECTRA, "loss", "ifd", "hidden_effective_rank", "angle_concentration", "logit_nuclear_norm"),
+    "spectra + loss + ifd": (*SPECTRA, "loss", "ifd"),
+    "all": (*SPECTRA, "loss", "ifd", *FORWARD),
 }
 """What is combined: an ablation, which says which part carries a result."""
-PAIRS = 400
-"""Differences taken of a contrast without pairs."""
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Inverse strengths of the penalty, for pairs of total weight 1 per contrast."""
+PAIRS = 500
+"""Random pairs of a contrast that has none."""
 
 
-def standardized(measured: Measured, names: Sequence[str], pools: Sequence[np.ndarray]) -> Float[np.ndarray, "N F"]:
-    """Controlled scores with mean 0 and deviation 1 in each pool; a missing one counts as average."""
-    columns = []
-    for name in names:
-        values = measured.controlled(name, "spline", pools)
-        for pool in pools:
-            own = values[pool]
-            values[pool] = (own - np.nanmean(own)) / max(np.nanstd(own), 1e-12)
-        columns.append(np.nan_to_num(values))
-    return np.stack(columns, axis=1)
+@dataclass(frozen=True, eq=False)
+class Halves:
+    """The headline views of one contrast, and the pool that it is controlled and standardized in."""
+
+    development: View
+    test: View
+    pool: Int[np.ndarray, " M"]
+
+    @classmethod
+    def of(cls, own: Sequence[View], pool: Int[np.ndarray, " M"]) -> Halves:
+        """Of the views of one contrast."""
+        return cls(headline(own, "development"), headline(own, "test"), pool)
+
+    @property
+    def name(self) -> str:
+        """Of the contrast."""
+        return self.test.contrast.name
 
 
-def fit(
-    features: Float[np.ndarray, "N F"], views: Sequence[View], positions: Sequence[np.ndarray]
-) -> Float[np.ndarray, " F"]:
-    """Weights by which the better rows come before the worse ones.
+def standardized(measured: Measured, name: str, pool: Int[np.ndarray, " M"]) -> Float[np.ndarray, " N"]:
+    """A controlled score with mean 0 and deviation 1 in a pool; a row without one counts as average."""
+    values = measured.controlled(name, CONTROL, pool)
+    own = values[pool]
+    return (
+        np.nan_to_num((values - np.nanmean(own)) / max(float(np.nanstd(own)), 1e-12))
+        if np.isfinite(own).any()
+        else np.zeros(len(values))
+    )
+
+
+def differences(view: View, features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "P F"]:
+    """Features of the better minus those of the worse row of each pair."""
+    if view.in_pairs:
+        better, worse = view.positions[0::2], view.positions[1::2]
+    else:
+        levels = np.array(view.contrast.levels)[view.rows]
+        first, second = np.random.default_rng(0).integers(len(levels), size=(2, 20 * PAIRS))
+        apart = np.flatnonzero(levels[first] > levels[second])[:PAIRS]
+        better, worse = view.positions[first[apart]], view.positions[second[apart]]
+    return features[better] - features[worse]
+
+
+def fit(pairs: Sequence[Float[np.ndarray, "P F"]], ridge: float) -> Float[np.ndarray, " F"]:
+    """Weights by which better rows come before worse ones, each contrast counting the same.
 
     Args:
-        features: standardized scores of all rows.
-        views: development halves.
-        positions: rows of each view.
+        pairs: differences of each contrast.
+        ridge: inverse strength of the penalty.
     """
-    rng = np.random.default_rng(0)
-    differences, weights = [], []
-    for view, at in zip(views, positions, strict=True):
-        if view.kind == "paired":
-            better, worse = at[0::2], at[1::2]
-        else:
-            first, second = rng.integers(len(at), size=(2, 4 * PAIRS))
-            higher = view.levels[first] > view.levels[second]
-            better, worse = at[first[higher]][:PAIRS], at[second[higher]][:PAIRS]
-        differences.append(features[better] - features[worse])
-        weights.append(np.full(len(better), 1 / max(len(better), 1)))
-    rows, mass = np.concatenate(differences), np.concatenate(weights)
-    # each difference counts in both directions, so that the regression needs no intercept and has two classes
-    model = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000)
-    mass = np.tile(mass / mass.mean(), 2) / len(differences)
-    model.fit(np.concatenate([rows, -rows]), np.repeat([1, 0], len(rows)), sample_weight=mass * 20)
+    rows = np.concatenate(list(pairs))
+    mass = np.concatenate([np.full(len(one), 1 / len(one)) for one in pairs])
+    # each difference in both directions: two classes, and no intercept to fit
+    model = LogisticRegression(C=ridge, fit_intercept=False, max_iter=2000)
+    model.fit(np.concatenate([rows, -rows]), np.repeat([1, 0], len(rows)), sample_weight=np.tile(mass, 2))
     return model.coef_[0]
 
 
-def combination_tables(
-    measured: Measured,
-    contrasts: Sequence[Contrast],
-    pools: Sequence[np.ndarray],
-    views_of: Callable[[Contrast], list[View]],
-) -> list[dict[str, Any]]:
-    """Mean test AUC of each set of scores, and on how many contrasts it beats controlled loss.
+def unseen(
+    halves: Sequence[Halves], pairs: Sequence[Float[np.ndarray, "P F"]], ridge: float
+) -> list[Float[np.ndarray, " F"]]:
+    """For each contrast the weights that the contrasts of other data sets give."""
+    sources = [one.test.contrast.sources for one in halves]
+    found: dict[frozenset[str], Float[np.ndarray, " F"]] = {}
+    for own in sources:
+        if own not in found:
+            others = [pair for pair, other in zip(pairs, sources, strict=True) if not own & other]
+            found[own] = fit(others, ridge) if others else np.zeros(pairs[0].shape[1])
+    return [found[own] for own in sources]
+
+
+def combine(measured: Measured, halves: Sequence[Halves], title: str, names: Sequence[str]) -> dict[str, Any]:
+    """Fit one combination, and how it orders the test halves.
 
     Args:
         measured: scores of one model.
-        contrasts: all of them.
-        pools: positions of the rows of each pool.
-        views_of: the halves of a contrast, length-matched where that can be had.
+        halves: of each contrast.
+        title: of the combination.
+        names: its scores.
     """
-    every = [view for contrast in contrasts for view in views_of(contrast)]
-    development, test = ([view for view in every if view.half == half] for half in ("development", "test"))
-    at = {id(view): measured.at(view.rows) for view in every}
-    table, reference = [], None
-    for title, names in SETS.items():
-        names = [name for name in names if name in measured.raw]
-        features = standardized(measured, names, pools)
-        weights = fit(features, development, [at[id(view)] for view in development])
-        values = features @ weights
-        orders = [view.order(values[at[id(view)]]) for view in test]
-        reference = reference or orders
-        mean = np.nanmean([order.resampled for order in orders], axis=0)
-        low, high = np.nanpercentile(mean, [2.5, 97.5])
-        both = list(zip(orders, reference, strict=True))
+    features = [np.stack([standardized(measured, name, one.pool) for name in names], axis=1) for one in halves]
+    pairs = [differences(one.development, own) for one, own in zip(halves, features, strict=True)]
+
+    def on_unseen(ridge: float) -> float:
+        wins = [
+            np.mean((pair @ w > 0) + 0.5 * (pair @ w == 0))
+            for pair, w in zip(pairs, unseen(halves, pairs, ridge), strict=True)
+        ]
+        return float(np.mean(wins))
+
+    ridge = max(RIDGES, key=on_unseen)
+    weights = fit(pairs, ridge)
+    orders = [one.test.order(own @ weights) for one, own in zip(halves, features, strict=True)]
+    elsewhere = [
+        one.test.order(own @ w).value
+        for one, own, w in zip(halves, features, unseen(halves, pairs, ridge), strict=True)
+    ]
+    return {
+        "score": title, "orders": orders, "development": on_unseen(ridge), "unseen": float(np.nanmean(elsewhere)), "ridge": ridge,
+        "weights": dict(zip(names, weights.tolist(), strict=True)),
+    }  # fmt: skip
+
+
+def single(measured: Measured, halves: Sequence[Halves], name: str) -> dict[str, Any]:
+    """One controlled score with the sign that does better on the development halves."""
+    values = [measured.controlled(name, CONTROL, one.pool) for one in halves]
+    mean = float(np.nanmean([one.development.order(own).value for one, own in zip(halves, values, strict=True)]))
+    sign = 1.0 if mean >= 0.5 else -1.0
+    orders = [one.test.order(sign * own) for one, own in zip(halves, values, strict=True)]
+    return {"score": name, "orders": orders, "development": max(mean, 1 - mean), "sign": int(sign)}
+
+
+def against_loss(candidates: Sequence[dict[str, Any]], halves: Sequence[Halves]) -> list[dict[str, Any]]:
+    """Mean test AUC of each candidate, and on how many contrasts it beats controlled loss; the best on development first.
+
+    Args:
+        candidates: of `single` and `combine`, one of them named loss.
+        halves: of each contrast.
+    """
+    loss: list[Order] = next(one["orders"] for one in candidates if one["score"] == "loss")
+    like = np.array([one.test.matched for one in halves])
+    table = []
+    for candidate in candidates:
+        own: list[Order] = candidate.pop("orders")
+        mean = np.nanmean([order.resampled for order in own], axis=0)
+        beats = np.array([a.value > b.value for a, b in zip(own, loss, strict=True)])
+        turned = np.array([a.value > max(b.value, 1 - b.value) for a, b in zip(own, loss, strict=True)])
+        sure = holm([p_greater(a, b) for a, b in zip(own, loss, strict=True)]) < 0.05
         table.append(
-            {"model": measured.model, "features": title, "mean AUC": float(np.nanmean([order.value for order in orders])),
-             "low": float(low), "high": float(high), "contrasts": len(orders),
-             "beats loss": sum(a.value > b.value for a, b in both),
-             "surely": sum(bool(np.nanpercentile(a.resampled - b.resampled, 2.5) > 0) for a, b in both),
-             "weights": dict(zip(names, weights.tolist(), strict=True)),
-             "by contrast": {view.contrast.name: order.value for view, order in zip(test, orders, strict=True)}}
+            candidate
+            | {
+                "mean AUC": float(np.nanmean([order.value for order in own])), "low": float(np.nanpercentile(mean, 2.5)),
+                "high": float(np.nanpercentile(mean, 97.5)), "mean AUC, like lengths": float(np.nanmean([o.value for o, m in zip(own, like, strict=True) if m])) if like.any() else float("nan"),
+                "contrasts": len(own), "beats loss": int(beats.sum()), "surely": int(sure.sum()), "beats loss either way": int(turned.sum()),
+                "contrasts of like lengths": int(like.sum()), "beats loss, like lengths": int(beats[like].sum()),
+                "by contrast": {one.name: order.value for one, order in zip(halves, own, strict=True)},
+            }
         )  # fmt: skip
-    return table
+    return sorted(table, key=lambda row: -row["development"])
