@@ -7,10 +7,10 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from rich.table import Table
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from selector.cli.command import Command, console
 from selector.config import ScoreConfig
@@ -25,12 +25,22 @@ EXIT_TOO_MANY_FAILED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
+class CommandLineConfig(ScoreConfig):
+    """The same settings, with `--with` for the scorers: no field of Python can have that name."""
+
+    scorers: Annotated[tuple[str, ...], arg(name="with")] = field(
+        default=ScoreConfig.scorers, metadata={"identity": True}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreCommand(Command):
     """Measure the gradient spectra of every sample and keep them in a feature store.
 
     Example: selector score --model Qwen/Qwen2.5-1.5B --data train.jsonl --out features/
 
     The same command under `accelerate launch -m` uses all GPUs. Run it again to finish what was interrupted.
+    `--with spectra ifd` computes other scores beside the spectra, `--with loss ifd` instead of them, by forward passes alone.
     """
 
     name: ClassVar[str] = "score"
@@ -51,7 +61,7 @@ class ScoreCommand(Command):
     """Reference model of the DPO loss, where the data set has no log-probabilities of one; else the model itself."""
     chat_template: Path | None = None
     """Jinja file that takes the place of the tokenizer's chat template, such as one that marks what the assistant generates."""
-    config: OmitArgPrefixes[ScoreConfig] = field(default_factory=ScoreConfig)
+    config: OmitArgPrefixes[CommandLineConfig] = field(default_factory=CommandLineConfig)
     """How samples are read, batched and measured."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint; never taken from a settings file."""
@@ -61,6 +71,7 @@ class ScoreCommand(Command):
     def run(self) -> int:
         from selector.data.load import load_rows
         from selector.errors import SelectorError, raise_all
+        from selector.forward import named_scorers
         from selector.scorer import estimate_run, explain, load_model, score_dataset
         from selector.scorer.processes import process_state, together
         from selector.scorer.sharding import wants_sharding
@@ -71,6 +82,10 @@ class ScoreCommand(Command):
         problems: list[SelectorError] = []
         dataset = model = tokenizer = reference = None
         with together(state):
+            try:
+                named_scorers(self.config.scorers)
+            except SelectorError as error:
+                problems.append(error)
             try:
                 dataset = load_rows(self.data, self.split)
             except SelectorError as error:
@@ -122,7 +137,9 @@ def show_estimate(plan: Plan, estimate: Estimate | None) -> None:
     table = Table("", "", title="dry run: nothing was written", show_header=False)
     layers = {target.spec.layer for target in plan.targets}
     projections = list(dict.fromkeys(target.spec.projection for target in plan.targets))
-    table.add_row("layers matched", f"{len(layers)} layers: {', '.join(projections)}; {len(plan.targets)} matrices")
+    if layers:
+        table.add_row("layers matched", f"{len(layers)} layers: {', '.join(projections)}; {len(plan.targets)} matrices")
+    table.add_row("scores", ", ".join(["loss", *plan.scorers]) + ("" if layers else "; no backward pass, no spectra"))
     statuses = Counter(sample.status for sample in plan.samples)
     table.add_row("samples", ", ".join(f"{count:,} {status}" for status, count in statuses.most_common()))
     table.add_row("truncated", f"{sum(sample.truncated for sample in plan.samples):,}")

@@ -41,7 +41,8 @@ class SelectCommand(Command):
     out: Path
     """Directory of the selection."""
     by: str | None = None
-    """What to score by: effective_rank, nuclear_norm, frobenius_norm, spectral_norm, stable_rank, loss or n_tokens."""
+    """What to score by: effective_rank, nuclear_norm, frobenius_norm, spectral_norm, stable_rank, layer_profile_difference,
+    loss, perplexity, n_tokens, prompt_tokens, response_tokens, random, or a scorer that the store was made with."""
     budget: str = "10%"
     """How much: 500, 10%, 200k tokens, or 10% tokens."""
     policy: str = "top"
@@ -51,7 +52,7 @@ class SelectCommand(Command):
     control: Literal["length", "bins", "per-token", "none"] = "length"
     """How length is taken out of the score; length is the residual of a spline."""
     prefer: Literal["auto", "high", "low"] = "auto"
-    """Which end of the score comes first; auto is high for ranks and low for norms and loss."""
+    """Which end of the score comes first; auto is high for ranks, low for norms and loss, and what its authors take for scorers."""
     aggregation: Aggregation = field(default_factory=Aggregation)
     """How layers and projections become one number."""
     index: Path | None = None
@@ -75,10 +76,11 @@ class SelectCommand(Command):
             higher = {"auto": None, "high": True, "low": False}[self.prefer]
             scores = score(
                 FeatureStore.open(self.store),
-                self.by or "effective_rank",
+                self.by,
                 control=self.control,
                 aggregation=self.aggregation,
                 higher_first=higher,
+                seed=self.seed,
             )
         index = {"index": GradientIndex.open(self.index)} if self.index is not None else {}
         selection = select(scores, budget=self.budget, policy=self.policy, seed=self.seed, **index, **self._options())

@@ -138,21 +138,34 @@ class _TokenLogProbs(torch.autograd.Function):
         return gradient, None
 
 
+def token_log_probs(
+    logits: Float[Tensor, "R K V"], batch: Batch, columns: Int[Tensor, " K"] | None = None
+) -> tuple[Float[Tensor, " P"], Int[Tensor, " P"]]:
+    """Log-probability of each loss token, sequence after sequence, nats, in float32 or better; and its sequence.
+
+    Args:
+        logits: next-token scores; position t predicts token t + 1.
+        batch: the samples that gave them; every token of the loss mask is predicted.
+        columns: positions that the logits are of; all of the batch's when None.
+    """
+    if columns is None:
+        columns = torch.arange(batch.input_ids.shape[1] - 1, device=logits.device)
+    predicted = batch.loss_mask[:, columns + 1]
+    log_probs = _TokenLogProbs.apply(logits[:, : len(columns)][predicted], batch.input_ids[:, columns + 1][predicted])
+    return log_probs, batch.sequence_of_token[:, columns + 1][predicted]
+
+
 def sequence_log_probs(
     logits: Float[Tensor, "R K V"], batch: Batch, columns: Int[Tensor, " K"] | None = None
 ) -> Float[Tensor, " S"]:
     """Log-probability of the loss tokens of each sequence, nats, in float32 or better.
 
     Args:
-        logits: next-token scores; position t predicts token t + 1.
-        batch: the samples that gave them; every token of the loss mask is predicted.
-        columns: positions that the logits are of; all but the last of the batch's when None.
+        logits: as for `token_log_probs`.
+        batch: the samples that gave them.
+        columns: as for `token_log_probs`.
     """
-    if columns is None:
-        columns = torch.arange(batch.input_ids.shape[1] - 1, device=logits.device)
-    predicted = batch.loss_mask[:, columns + 1]
-    log_probs = _TokenLogProbs.apply(logits[:, : len(columns)][predicted], batch.input_ids[:, columns + 1][predicted])
-    owners = batch.sequence_of_token[:, columns + 1][predicted]
+    log_probs, owners = token_log_probs(logits, batch, columns)
     return log_probs.new_zeros(len(batch.reference)).index_add(0, owners, log_probs)
 
 

@@ -82,7 +82,8 @@ def estimate(
     per_token = [spent / padded_tokens(batches[i]) for i, spent in zip(chosen, seconds, strict=True)]
     sizes = np.array([padded_tokens(batch) for batch in batches])
     whole = float(np.interp(np.arange(len(batches)), chosen, per_token) @ sizes) / state.num_processes
-    bytes_per_sample = BYTES_BESIDE_FEATURES + COMPRESSED * 4 * len(MEASURES) * len(extract.targets)
+    numbers = len(MEASURES) * len(extract.targets) + len(extract.scores.scorers)
+    bytes_per_sample = BYTES_BESIDE_FEATURES + COMPRESSED * 4 * numbers
     if extract.sketch is not None:
         bytes_per_sample += (2 * extract.sketch.dimension + 4) * len(extract.targets)
     return Estimate(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from selector.batching import collate
 from selector.config import ScoreConfig
 from selector.data.samples import Sample
-from selector.errors import DataError, ModelError, SelectorError, raise_all
+from selector.errors import ConfigError, DataError, ModelError, SelectorError, raise_all
 from selector.gradients.capture import GradientCapture, LayerFactors, gradients_of_activations_only
 from selector.gradients.losses import reference_log_probs, sample_losses
 from selector.scorer.plan import Plan, plan
@@ -53,6 +53,7 @@ def explain(
         The rows that were added, in the columns of `selector.store.explanations`.
 
     Raises:
+        ConfigError: the settings measure no gradients.
         DataError: an id names no sample, or one that has no gradient.
         ModelError: the model is sharded.
         StoreError: model, data or settings are not those of the store.
@@ -64,6 +65,11 @@ def explain(
             allowed="a model whole on one device",
             fix="repeat the command without FSDP or DeepSpeed",
         )
+    if "spectra" not in config.scorers:
+        raise ConfigError(
+            "samples are explained by their gradients, which are not measured", got=", ".join(config.scorers),
+            allowed="spectra among the scorers", fix="add spectra to --with",
+        )  # fmt: skip
     work = plan(model, tokenizer, dataset, config, reference)
     manifest = check(store, work.manifest, work.rows, append=True)
     samples = _asked(work.samples, ids)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ from selector.batching import Batch
 from selector.config import Precision
 from selector.data.samples import Sample
 from selector.errors import ModelError
+from selector.forward import ForwardScores, Scorer
 from selector.gradients.capture import GradientCapture, LayerFactors, gradients_of_activations_only
 from selector.gradients.experts import ExpertRows
 from selector.gradients.losses import RESPONSE, LossSettings, predicting_columns, reference_log_probs, sample_losses
@@ -28,24 +30,29 @@ from selector.types import MEASURES
 
 
 class FeatureExtractor:
-    """Runs a model on batches and measures the spectra of every sample's gradients.
+    """Runs a model on batches and measures the spectra of every sample's gradients, and what forward passes give.
+
+    Without a layer table no backward pass is run.
 
     Use it inside `with extractor.attached():`, which hooks the model and restores it.
 
     Args:
         model: a causal language model on its device, or the engine that runs it.
-        targets: the layer table.
+        targets: the layer table; empty where no spectra are wanted.
         precision: how exactly spectra are computed.
         sketch: how gradients are sketched; not at all when None.
         loss: which loss the samples have.
         reference: the DPO loss's reference model, where the data set has no log-probabilities of one; the model itself
             when None.
         checkpoint: recompute each decoder layer in the backward pass instead of keeping its activations.
+        scorers: what else to compute, by name.
+        bos_token_id: the tokenizer's begin-of-text token; None where it has none.
     """
 
     def __init__(
         self, model: nn.Module, targets: Sequence[Target], precision: Precision, sketch: SketchConfig | None = None,
         loss: LossSettings = RESPONSE, reference: nn.Module | None = None, checkpoint: bool = False,
+        scorers: Mapping[str, Scorer] | None = None, bos_token_id: int | None = None,
     ) -> None:  # fmt: skip
         self.model, self.targets, self.sketch = without_engine(model), targets, sketch
         self._run = model
@@ -56,14 +63,16 @@ class FeatureExtractor:
         self._position = {target.spec.key: i for i, target in enumerate(targets)}
         self._cores: list[tuple[int, Core, ExpertRows | None]] = []
         self._sketches: dict[int, Tensor] = {}
-        self._capture = GradientCapture(self.model, targets, self._take, checkpoint=checkpoint)
+        self._capture = GradientCapture(self.model, targets, self._take, checkpoint=checkpoint and bool(targets))
+        self.scores = ForwardScores(self.model, scorers or {}, bos_token_id)
+        """What is computed beside spectra."""
         whole: nn.Module = getattr(self.model, "get_base_model", lambda: self.model)()
         self._keeps_logits = "logits_to_keep" in inspect.signature(whole.forward).parameters
 
     @contextmanager
     def attached(self) -> Iterator[FeatureExtractor]:
         """Hook the model for the time of the block."""
-        with gradients_of_activations_only(self.model), self._capture:
+        with gradients_of_activations_only(self.model), self._capture, self.scores.attached():
             yield self
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
@@ -80,29 +89,32 @@ class FeatureExtractor:
         if self.reference is not None:
             batch = dataclasses.replace(batch, reference=reference_log_probs(self.reference, batch))
         clock = Stopwatch(batch.input_ids.device)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(bool(self.targets)):
             with clock:
-                logits, columns = self._logits(batch)
+                logits, columns = self._logits(batch, whole="logits" in self.scores.needs)
             losses = sample_losses(logits, batch, self.loss, columns)
-            losses.sum().backward()
+            if self.targets:
+                losses.sum().backward()
         self._capture.finish()
         features, measured = self._features(len(batch.samples), batch.input_ids.device)
         sketches = self._joined_sketches(len(batch.samples))
+        scores = {name: values.tolist() for name, values in self.scores(batch, logits, columns, self._logits).items()}
         self.forward_seconds += clock.seconds()
         rows = []
         for i, loss in enumerate(losses.detach().tolist()):
-            norms = features["frobenius_norm"][i]
-            if not (np.isfinite(loss) and np.isfinite(norms[measured[i]]).all()):
+            norms = features["frobenius_norm"][i][measured[i]]
+            given = {name: None if math.isnan(values[i]) else values[i] for name, values in scores.items()}
+            if not np.isfinite([loss, *norms, *(value for value in given.values() if value is not None)]).all():
                 status = "nonfinite"
             else:
-                status = "ok" if norms[measured[i]].any() else "zero_gradient"
-            values = {name: matrix[i] for name, matrix in (features | sketches).items()}
-            rows.append(sample_row(batch.samples[i], status, loss, values))
+                status = "ok" if norms.any() or not self.targets else "zero_gradient"
+            arrays = {name: matrix[i] for name, matrix in (features | sketches).items()} if self.targets else {}
+            rows.append(sample_row(batch.samples[i], status, loss, arrays | given))
         return rows
 
-    def _logits(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Logits of the positions that predict loss tokens, and these, where the model can leave the others out."""
-        if not self._keeps_logits:
+    def _logits(self, batch: Batch, whole: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Logits of the positions that predict loss tokens, and these, where the model can leave the others out and may."""
+        if whole or not self._keeps_logits:
             return self._run(**batch.inputs, use_cache=False).logits, None
         columns = predicting_columns(batch)
         return self._run(**batch.inputs, use_cache=False, logits_to_keep=columns).logits, columns
@@ -190,7 +202,7 @@ class Stopwatch:
 
 
 def sample_row(
-    sample: Sample, status: str, loss: float | None = None, features: dict[str, np.ndarray] | None = None
+    sample: Sample, status: str, loss: float | None = None, features: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The row of the feature store for one sample; without loss and features unless its status is `ok`.
 
@@ -198,7 +210,7 @@ def sample_row(
         sample: what was scored.
         status: what became of it.
         loss: nats per token.
-        features: float32 [F] for each measure, and the sketch where there is one.
+        features: float32 [F] for each measure, the sketch where there is one, and a number or None for each scorer.
     """
     scored = status == "ok" and features is not None
     return {
@@ -210,5 +222,5 @@ def sample_row(
         "truncated": sample.truncated,
         "status": status,
         "loss": loss if scored else None,
-        **(features or {} if scored else dict.fromkeys(MEASURES)),
+        **(features if scored else {}),
     }

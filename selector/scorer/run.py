@@ -53,7 +53,7 @@ def score_dataset(
     command: Mapping[str, Any] | None = None,
     reference: nn.Module | None = None,
 ) -> FeatureStore:
-    """Measure the gradient spectra of every sample and keep them in a feature store.
+    """Measure the gradient spectra of every sample, or what else the settings ask for, and keep them in a feature store.
 
     The model is put back as it was, except that it stays sharded when `accelerate launch` asks for FSDP or DeepSpeed. A
     store that an earlier call began is finished; samples that it holds are not measured again. Under `accelerate launch`
@@ -158,7 +158,7 @@ def _begin(
             "reference of the DPO loss: %s",
             "the model itself, as at the start of training" if reference is None else "the reference model",
         )
-    left_out = unmeasured(model, work.targets)
+    left_out = unmeasured(model, work.targets) if work.targets else []
     if left_out:
         logger.info("linear layers that are not measured: %s", ", ".join(left_out))
     if work.duplicates:
@@ -181,7 +181,8 @@ def _begin(
         device=torch.device(state.device or "cpu") if sharded else next(model.parameters()).device,
         pad_token_id=tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0,
         extractor=FeatureExtractor(
-            model, work.targets, config.precision, sketch, work.loss, reference, checkpoint=config.checkpoint
+            model, work.targets, config.precision, sketch, work.loss, reference, checkpoint=config.checkpoint,
+            scorers=work.scorers, bos_token_id=tokenizer.bos_token_id,
         ),
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from selector.scores.aggregate import Aggregation, aggregate
 from selector.scores.combine import combine
 from selector.scores.distill import Distilled
 from selector.scores.features import Embeddings, HashedWords
-from selector.scores.from_store import HIGHER_FIRST, score
+from selector.scores.from_store import HIGHER_FIRST, available, score
 from selector.scores.length import LengthControl, load_control
 from selector.scores.statistics import LengthCorrelation, correlations, length_correlation, spearman
 from selector.scores.table import read_provenance, read_scores, write_scores
@@ -18,6 +18,7 @@ __all__ = [
     "LengthControl",
     "LengthCorrelation",
     "aggregate",
+    "available",
     "combine",
     "correlations",
     "length_correlation",
