@@ -152,7 +152,11 @@ def methods(weights: Mapping[str, Mapping[str, float]]) -> dict[str, Method]:
     Args:
         weights: of each combination in `PARTS`, fitted on the development pool.
     """
-    found = {"random": Method(lambda pool, budget, seed: select(pool.plain, None, budget, "random", seed=seed), "nothing", True)}
+    found = {
+        "random": Method(
+            lambda pool, budget, seed: select(pool.plain, None, budget, "random", seed=seed), "nothing", True
+        )
+    }
 
     def both(name: str, by: str, cost: str, control: str = "length") -> dict[str, Method]:
         def chosen(policy: str) -> Callable[[Scored, str, int], Selection]:
@@ -176,8 +180,14 @@ def methods(weights: Mapping[str, Mapping[str, float]]) -> dict[str, Method]:
     found["target, best rank"] = Method(_target_best, "spectra, sketches")
     for part in PARTS:
         found.setdefault(part, Method(combined(part), "spectra, sketches"))
-    found["combination, deduplicated"] = Method(combined("combination", "deduplicate", threshold=DUPLICATE), "spectra, sketches")
-    for policy, name in (("deduplicate", "high effective_rank, deduplicated"), ("facility-location", "diverse, facility location"), ("k-center", "diverse, k-center")):
+    found["combination, deduplicated"] = Method(
+        combined("combination", "deduplicate", threshold=DUPLICATE), "spectra, sketches"
+    )
+    for policy, name in (
+        ("deduplicate", "high effective_rank, deduplicated"),
+        ("facility-location", "diverse, facility location"),
+        ("k-center", "diverse, k-center"),
+    ):
         found[name] = Method(_by_sketches(policy), "spectra, sketches")
     for by in ("frobenius_norm", "stable_rank"):
         found |= both(by, by, "spectra")
@@ -190,7 +200,17 @@ def methods(weights: Mapping[str, Mapping[str, float]]) -> dict[str, Method]:
 
 DUPLICATE = 0.95
 """Lowest cosine of the gradients of near-duplicates."""
-FIRST = ("random", "high effective_rank", "low effective_rank", "high nuclear_norm", "low nuclear_norm", "high loss", "low loss", "combination", "target, mean cosine")
+FIRST = (
+    "random",
+    "high effective_rank",
+    "low effective_rank",
+    "high nuclear_norm",
+    "low nuclear_norm",
+    "high loss",
+    "low loss",
+    "combination",
+    "target, mean cosine",
+)
 """Methods that are run first."""
 
 

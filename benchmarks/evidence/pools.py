@@ -139,7 +139,9 @@ def build(folder: Path, sizes: Sizes, n_tokens: Callable[[str, str], int], seed:
     parts: dict[str, list[Row]] = {}
     asked: set[str] = set()
     tests = {
-        name: _rows(folder, name, source.tests, asked, n_tokens, rng) for name, source in present.items() if source.tests
+        name: _rows(folder, name, source.tests, asked, n_tokens, rng)
+        for name, source in present.items()
+        if source.tests
     }
     trains = {name: _rows(folder, name, source.trains, used, n_tokens, rng) for name, source in present.items()}
     for pool, size in (("test", sizes.test), ("development", sizes.development)):
@@ -185,8 +187,13 @@ def _mixed(sources: dict[str, Iterator[Row]], count: int, rng: np.random.Generat
     for name, rows in sources.items():
         copies = round(NOISE_SHARES["near_duplicate"] * count / COPIES)
         base = _take(rows, count - copies * COPIES, name)
-        order = sorted(base, key=lambda row: len(row["completion"].split()) < TRUNCATED_FROM)  # those that can be cut first
-        cut = min(round(NOISE_SHARES["truncated"] * count), sum(len(row["completion"].split()) >= TRUNCATED_FROM for row in base))
+        order = sorted(
+            base, key=lambda row: len(row["completion"].split()) < TRUNCATED_FROM
+        )  # those that can be cut first
+        cut = min(
+            round(NOISE_SHARES["truncated"] * count),
+            sum(len(row["completion"].split()) >= TRUNCATED_FROM for row in base),
+        )
         astray = round(NOISE_SHARES["off_topic"] * count)
         wrong = round((NOISE_SHARES["shuffled"] + NOISE_SHARES["truncated"]) * count) - cut
         for row in order[:cut]:
@@ -230,7 +237,9 @@ def _edited(row: Row, number: int, rng: np.random.Generator) -> Row:
     return row | {"id": f"{row['id']}~{number}", where: text, "noise": "near_duplicate", "copy_of": row["id"]}
 
 
-def choice_tasks(folder: Path, sizes: Sizes, taken: set[str], n_tokens: Callable[[str, str], int], seed: int = 0) -> list[Row]:
+def choice_tasks(
+    folder: Path, sizes: Sizes, taken: set[str], n_tokens: Callable[[str, str], int], seed: int = 0
+) -> list[Row]:
     """Questions with one right answer among a few, as task, prompt, choices and the position of the right one.
 
     Args:

@@ -116,7 +116,9 @@ def make_scores(options: argparse.Namespace) -> int:
 
     def scored(name: str, rows: list[pools.Row], scorers: tuple[str, ...], sketch: int) -> FeatureStore:
         config = ScoreConfig(id_column="id", sketch_dimension=sketch, scorers=scorers)
-        data = datasets.Dataset.from_list([{key: row[key] for key in ("id", "source", "prompt", "completion")} for row in rows])
+        data = datasets.Dataset.from_list(
+            [{key: row[key] for key in ("id", "source", "prompt", "completion")} for row in rows]
+        )
         return score_dataset(model, tokenizer, data, options.work / "features" / name, config)
 
     found = {}
@@ -143,7 +145,13 @@ def make_scores(options: argparse.Namespace) -> int:
 
     known = methods(weights)
     for seed in TUNING_SEEDS:
-        keep("development", "random", BUDGETS[0], seed, known["random"].select(found["development"], BUDGETS[0], seed).rows)
+        keep(
+            "development",
+            "random",
+            BUDGETS[0],
+            seed,
+            known["random"].select(found["development"], BUDGETS[0], seed).rows,
+        )
     from selector.selecting import matched_random
 
     pool = found["test"]
@@ -266,7 +274,9 @@ def prepared(options: argparse.Namespace, pool: str) -> tuple[Any, Any]:
     """What trains on a pool, and what examines the models."""
     from training import Bench, Examination, Settings
 
-    bench = Bench(options.model, part(options, pool), Settings(epochs=options.epochs, tokens_per_step=options.tokens_per_step))
+    bench = Bench(
+        options.model, part(options, pool), Settings(epochs=options.epochs, tokens_per_step=options.tokens_per_step)
+    )
     return bench, Examination(bench.tokenizer, part(options, f"{pool}_evaluation"), part(options, "questions"))
 
 

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import torch
 from numpy import ndarray as Array
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
@@ -39,6 +39,16 @@ class Settings:
     """Share of the steps in which the learning rate rises; it falls to zero in the others."""
 
 
+def prepare() -> str:
+    """Quiet libraries, fast products of matrices; returns the device to train on."""
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    torch.set_float32_matmul_precision("high")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class Bench:
     """A base model that is trained again and again from the same weights.
 
@@ -49,20 +59,15 @@ class Bench:
     """
 
     def __init__(self, path: str, rows: Sequence[Mapping[str, Any]], settings: Settings) -> None:
-        warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-        torch.set_float32_matmul_precision("high")
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = prepare()
         self.settings = settings
         self.base, self.tokenizer = load_model(path, "float32", device=self.device)
         self._folder = tempfile.TemporaryDirectory()
         columns = [{"prompt": row["prompt"], "completion": row["completion"], "row": i} for i, row in enumerate(rows)]
-        prepared = self._trainer(self.base, datasets.Dataset.from_list(columns)).train_dataset
+        # a trainer changes the forward of its model for good, and copies of that model would call the original's: copy first
+        prepared = self._trainer(copy.deepcopy(self.base), datasets.Dataset.from_list(columns)).train_dataset
         assert isinstance(prepared, datasets.Dataset)
-        self._prepared = prepared.with_format("numpy", ["row"])
-        self._place = {row: i for i, row in enumerate(np.asarray(prepared["row"]).tolist())}
+        self._place = {row: i for i, row in enumerate(prepared["row"])}
         self._lengths = np.array([len(tokens) for tokens in prepared["input_ids"]])
         self._prepared = prepared.remove_columns("row")
 
@@ -89,14 +94,20 @@ class Bench:
         result = trainer.train()
         if trainer.state.global_step != steps:
             raise RuntimeError(f"{trainer.state.global_step} steps where {steps} were planned")
-        return model, {"tokens": tokens * self.settings.epochs, "steps": steps, "train_seconds": result.metrics["train_runtime"]}
+        return model, {
+            "tokens": tokens * self.settings.epochs,
+            "steps": steps,
+            "train_seconds": result.metrics["train_runtime"],
+        }
 
     def _trainer(self, model: PreTrainedModel, rows: datasets.Dataset, **options: Any) -> SFTTrainer:
         args = SFTConfig(
             output_dir=self._folder.name, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
             bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False, use_cpu=self.device == "cpu", **options,
         )  # fmt: skip
-        return SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=self.tokenizer)
+        trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=self.tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, str]]) -> list[Sample]:
