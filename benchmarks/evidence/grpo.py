@@ -4,10 +4,10 @@
     python benchmarks/evidence/grpo.py train --workers 8 --gpus 2 --seconds 140
     python benchmarks/evidence/grpo.py table
 
-The prompts are sums of one, two and three digits and, as hopeless ones, products of four digits, a quarter each; the reward
-is an exact match. `warm` fine-tunes the model on other sums until it solves about a quarter of those of one and two digits, and
+The prompts are sums of numbers below 20, 50 and 200 and, as hopeless ones, products of four digits, a quarter each; the
+reward is an exact match. `warm` fine-tunes the model on other sums until it solves about a quarter of the two easier kinds, and
 scores the prompts with that model. All samplers start there, with equal settings; what differs is the prompts they draw.
-The held-out reward is the mean probability of the right answer to sums that no training sees, hopeless ones left out.
+The held-out reward is the mean probability of the right answer to sums that no training sees.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ import numpy as np
 import workers
 
 SEEDS = (0, 1, 2, 3, 4)
-DIGITS = {"one digit": 1, "two digits": 2, "three digits": 3, "hopeless": 4}
-EASY = ("one digit", "two digits")
+BELOW = {"below 20": 20, "below 50": 50, "below 200": 200, "hopeless": 10000}
+"""What the numbers of each kind of problem are below."""
+EASY = ("below 20", "below 50")
+SUMS = (*EASY, "below 200")
 WARM_AT = 0.25
 """Probability of the right answer on the easy half from which on the model is warm."""
+WARM_RATE = 2e-3
+"""Learning rate of the demonstrations."""
 GROWTH = 1.5
 """Factor on the number of demonstrations until it is."""
 SAMPLERS = ("uniform", "learnability", "angles", "spectral", "mixed")
@@ -47,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samplers", nargs="*", default=SAMPLERS)
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--demonstrations", type=int, default=1000, help="with which warming begins")
+    parser.add_argument("--demonstrations", type=int, default=6000, help="with which warming begins")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=3, help="steps between two looks at the held-out reward")
     parser.add_argument("--batch", type=int, default=16, help="prompts of a step")
@@ -67,35 +71,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def problems(kind: str, count: int, rng: np.random.Generator, taken: set[str]) -> list[Row]:
-    """Problems of a kind, each once, as prompt and completion; fewer where there are no more.
+    """Problems of a kind as prompt and completion.
 
     Args:
-        kind: one of `DIGITS`.
+        kind: one of `BELOW`.
         count: how many.
         rng: draws them.
-        taken: prompts that are used already; learns the new ones.
+        taken: prompts that must not come.
     """
-    digits, sign = DIGITS[kind], "*" if kind == "hopeless" else "+"
-    low, high = 10 ** (digits - 1) if digits > 1 else 0, 10**digits
-    found: list[Row] = []
-    for _ in range(50 * count):
-        a, b = rng.integers(low, high, 2).tolist()
+    sign, found = "*" if kind == "hopeless" else "+", []
+    while len(found) < count:
+        a, b = rng.integers(BELOW[kind] // 10 if kind == "hopeless" else 0, BELOW[kind], 2).tolist()
         prompt = f"{a} {sign} {b} ="
-        if len(found) < count and prompt not in taken:
-            taken.add(prompt)
-            result = a * b if sign == "*" else a + b
-            found.append({"id": prompt, "source": kind, "prompt": prompt, "completion": f" {result}"})
+        if prompt not in taken:
+            found.append(
+                {"id": prompt, "source": kind, "prompt": prompt, "completion": f" {a * b if sign == '*' else a + b}"}
+            )
     return found
 
 
 def parts(prompts: int) -> dict[str, list[Row]]:
-    """Prompts to train on, held-out ones, and what draws demonstrations that are neither."""
-    rng, taken = np.random.default_rng(0), set()
-    quarter = prompts // len(DIGITS)
-    return {
-        "heldout": [row for kind in DIGITS if kind != "hopeless" for row in problems(kind, min(quarter, 30), rng, taken)],
-        "pool": [row for kind in DIGITS for row in problems(kind, min(quarter, 50 if kind == "one digit" else quarter), rng, taken)],
-    }  # fmt: skip
+    """Prompts to train on and held-out ones, each prompt once.
+
+    Args:
+        prompts: how many to train on; half as many sums are held out.
+    """
+    rng = np.random.default_rng(0)
+    found: dict[str, list[Row]] = {"heldout": [], "pool": []}
+    taken: set[str] = set()
+    for part, kinds, count in (("heldout", SUMS, prompts // 6), ("pool", tuple(BELOW), prompts // len(BELOW))):
+        for kind in kinds:
+            for _ in range(count):
+                found[part] += problems(kind, 1, rng, taken)
+                taken.add(found[part][-1]["prompt"])
+    return found
 
 
 def warm(options: argparse.Namespace) -> int:
@@ -111,10 +120,9 @@ def warm(options: argparse.Namespace) -> int:
     rng, count, reached = np.random.default_rng(1), options.demonstrations, 0.0
     easy = [row for row in found["heldout"] if row["source"] in EASY]
     while True:
-        # a sum of one digit may come twice: there are few
-        demonstrations = [row for kind in DIGITS for row in problems(kind, count // 4, rng, set(taken))]
+        demonstrations = [row for kind in SUMS for row in problems(kind, count // len(SUMS), rng, taken)]
         bench = Bench(options.model, demonstrations, Settings(epochs=2, tokens_per_step=1024))
-        model, _ = bench.train(range(len(demonstrations)), 1e-3, 0)
+        model, _ = bench.train(range(len(demonstrations)), WARM_RATE, 0)
         samples = encode(bench.tokenizer, [(row["prompt"], row["completion"]) for row in easy])
         reached = float(np.exp(log_likelihoods(model, samples)).mean())
         print(f"{len(demonstrations)} demonstrations: right answers to easy sums with probability {reached:.3f}")
@@ -187,11 +195,6 @@ def signal_of(sampler: str, angles: Mapping[str, float]) -> Any:
     }[sampler]()
 
 
-def right(completions: list[str], completion: list[str], **columns: Any) -> list[float]:
-    """1 for the right number and nothing else, else 0."""
-    return [float(text.strip() == wanted.strip()) for text, wanted in zip(completions, completion, strict=True)]
-
-
 def reinforce(
     model: Any,
     tokenizer: Any,
@@ -224,12 +227,13 @@ def reinforce(
     from selector.integrations.trl import attach
 
     kinds = {row["prompt"]: row["source"] for row in pool}
-    counts = dict.fromkeys(DIGITS, 0)
+    rows = [{"id": row["id"], "prompt": row["prompt"], "answer": row["completion"].strip()} for row in pool]
+    counts = dict.fromkeys(BELOW, 0)
 
-    def reward(prompts: list[str], completions: list[str], completion: list[str], **columns: Any) -> list[float]:
+    def reward(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
         for prompt in prompts:
             counts[kinds[prompt]] += 1
-        return right(completions, completion)
+        return [float(text.strip() == wanted) for text, wanted in zip(completions, answer, strict=True)]
 
     class Look(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -244,7 +248,7 @@ def reinforce(
             disable_tqdm=True, bf16=False, gradient_checkpointing=False, use_cpu=model.device.type == "cpu",
         )  # fmt: skip
         trainer = GRPOTrainer(
-            model=model, args=args, train_dataset=Dataset.from_list(pool), processing_class=tokenizer, reward_funcs=reward,
+            model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, reward_funcs=reward,
             callbacks=[Look()],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
@@ -292,8 +296,8 @@ def table(options: argparse.Namespace) -> int:
         f"{options.steps + options.every}. Area: mean held-out reward over the steps. Differences to uniform draws are paired by seed, "
         "with 95 % t-intervals.", "",
         "| sampler | steps to the goal | − uniform | area | − uniform | last | − uniform | reached | "
-        + " | ".join(f"drawn: {kind}" for kind in DIGITS) + " | seeds |",
-        "|" + "---|" * (9 + len(DIGITS)),
+        + " | ".join(f"drawn: {kind}" for kind in BELOW) + " | seeds |",
+        "|" + "---|" * (9 + len(BELOW)),
     ]  # fmt: skip
     summary = {}
     for sampler, own in curves.items():
@@ -314,7 +318,7 @@ def table(options: argparse.Namespace) -> int:
             cells.append(f"{np.mean(list(values.values())):.{1 if name == 'steps' else 4}f}")
             cells.append(shown(interval(pairs)) if pairs and sampler != "uniform" else "")
         reached = np.mean([curve.max() >= goal for curve in own.values()])
-        shares = [f"{np.mean([one[kind] for one in drawn[sampler]]):.0%}" for kind in DIGITS]
+        shares = [f"{np.mean([one[kind] for one in drawn[sampler]]):.0%}" for kind in BELOW]
         lines.append("| " + " | ".join([sampler, *cells, f"{reached:.0%}", *shares, str(len(own))]) + " |")
     lines += ["", "Versions: " + ", ".join(f"{name} {number}" for name, number in versions().items())]
     stem = options.results / f"evidence_grpo_{time.strftime('%Y-%m-%d')}"

@@ -15,7 +15,7 @@ from numpy import ndarray as Array
 
 from selector.index import GradientIndex
 from selector.scores import Aggregation, combine, score
-from selector.selecting import matched_random, select
+from selector.selecting import select
 from selector.selection import Selection
 from selector.store import FeatureStore
 from selector.types import Scores

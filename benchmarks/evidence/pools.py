@@ -146,8 +146,8 @@ def build(folder: Path, sizes: Sizes, n_tokens: Callable[[str, str], int], seed:
     trains = {name: _rows(folder, name, source.trains, used, n_tokens, rng) for name, source in present.items()}
     for pool, size in (("test", sizes.test), ("development", sizes.development)):
         clean = {name: _take(tests.get(name, trains[name]), sizes.evaluation, name) for name in present}
-        parts[f"{pool}_evaluation"] = sum(clean.values(), [])
-        parts[f"{pool}_target"] = sum((_take(trains[name], sizes.target, name) for name in present), [])
+        parts[f"{pool}_evaluation"] = [row for rows in clean.values() for row in rows]
+        parts[f"{pool}_target"] = [row for name in present for row in _take(trains[name], sizes.target, name)]
         parts[pool] = _mixed(trains, size // len(present), rng)
     return parts
 

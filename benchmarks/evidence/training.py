@@ -6,7 +6,8 @@ import copy
 import math
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +63,10 @@ class Bench:
         self.device = prepare()
         self.settings = settings
         self.base, self.tokenizer = load_model(path, "float32", device=self.device)
-        self._folder = tempfile.TemporaryDirectory()
         columns = [{"prompt": row["prompt"], "completion": row["completion"], "row": i} for i, row in enumerate(rows)]
         # a trainer changes the forward of its model for good, and copies of that model would call the original's: copy first
-        prepared = self._trainer(copy.deepcopy(self.base), datasets.Dataset.from_list(columns)).train_dataset
+        with self._trainer(copy.deepcopy(self.base), datasets.Dataset.from_list(columns)) as trainer:
+            prepared = trainer.train_dataset
         assert isinstance(prepared, datasets.Dataset)
         self._place = {row: i for i, row in enumerate(prepared["row"])}
         self._lengths = np.array([len(tokens) for tokens in prepared["input_ids"]])
@@ -87,27 +88,25 @@ class Bench:
         batch = max(1, round(len(rows) * self.settings.tokens_per_step / tokens))
         steps = self.settings.epochs * math.ceil(len(rows) / batch)
         model = copy.deepcopy(self.base)
-        trainer = self._trainer(
+        with self._trainer(
             model, self._prepared.select(places), seed=seed, learning_rate=learning_rate, per_device_train_batch_size=batch,
             num_train_epochs=self.settings.epochs, warmup_steps=round(self.settings.warmup * steps),
-        )  # fmt: skip
-        result = trainer.train()
+        ) as trainer:  # fmt: skip
+            seconds = trainer.train().metrics["train_runtime"]
         if trainer.state.global_step != steps:
             raise RuntimeError(f"{trainer.state.global_step} steps where {steps} were planned")
-        return model, {
-            "tokens": tokens * self.settings.epochs,
-            "steps": steps,
-            "train_seconds": result.metrics["train_runtime"],
-        }
+        return model, {"tokens": tokens * self.settings.epochs, "steps": steps, "train_seconds": seconds}
 
-    def _trainer(self, model: PreTrainedModel, rows: datasets.Dataset, **options: Any) -> SFTTrainer:
-        args = SFTConfig(
-            output_dir=self._folder.name, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-            bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False, use_cpu=self.device == "cpu", **options,
-        )  # fmt: skip
-        trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=self.tokenizer)
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+    @contextmanager
+    def _trainer(self, model: PreTrainedModel, rows: datasets.Dataset, **options: Any) -> Iterator[SFTTrainer]:
+        with tempfile.TemporaryDirectory() as folder:
+            args = SFTConfig(
+                output_dir=folder, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, bf16=False,
+                gradient_checkpointing=False, dataloader_pin_memory=False, use_cpu=self.device == "cpu", **options,
+            )  # fmt: skip
+            trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=self.tokenizer)
+            trainer.remove_callback(PrinterCallback)
+            yield trainer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, str]]) -> list[Sample]:
