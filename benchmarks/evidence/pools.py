@@ -131,11 +131,14 @@ def build(folder: Path, sizes: Sizes, n_tokens: Callable[[str, str], int], seed:
         and `*_target`, which are clean.
 
     Raises:
-        ValueError: a source has too few rows.
+        ValueError: the directory has no source, or a source has too few rows.
     """
     rng = np.random.default_rng(seed)
+    present = {name: source for name, source in SOURCES.items() if any(True for _ in read_rows(folder, source.file))}
+    if not present:
+        files = ", ".join(sorted({f"{source.file}.jsonl[.zst]" for source in SOURCES.values()}))
+        raise ValueError(f"{folder} has none of {files}: name the data directory")
     used = forbidden_prompts(folder)
-    present = {name: source for name, source in SOURCES.items() if any(read_rows(folder, source.file))}
     parts: dict[str, list[Row]] = {}
     asked: set[str] = set()
     tests = {

@@ -82,7 +82,10 @@ def make_pools(options: argparse.Namespace) -> int:
         return len(tokenizer(prompt + completion, verbose=False)["input_ids"]) + 1  # the end token
 
     sizes = pools.Sizes(**options.sizes)
-    parts = pools.build(options.data, sizes, n_tokens)
+    try:
+        parts = pools.build(options.data, sizes, n_tokens)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     taken = {pools.normalized(row["prompt"]) for rows in parts.values() for row in rows}
     parts["questions"] = pools.choice_tasks(options.data, sizes, taken, n_tokens)
     folder = options.work / "parts"
