@@ -61,7 +61,7 @@ class EvidenceCommand(Command):
         from selector.scores import available, read_scores, score
         from selector.types import MEASURES
 
-        names = [*(MEASURES if store.layers else ()), *store.manifest.scorers, "loss"]
+        names = [*(MEASURES if store.layers else ()), *store.manifest.scores, "loss"]
         if self.by is not None:
             first = {self.by: score(store, self.by)}
         elif selection is not None and (self.selections[0] / SCORES).is_file():

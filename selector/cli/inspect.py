@@ -79,7 +79,7 @@ def _score_medians(store: FeatureStore) -> Table:
     """The middle of each score that a forward pass gave."""
     without = "" if store.layers else "; no spectra were measured"
     table = Table("score", "unit", "median", "samples", title=f"median over samples{without}")
-    units = {"loss": "nats per token"} | {name: described["unit"] for name, described in store.manifest.scorers.items()}
+    units = {"loss": "nats per token"} | {name: described["unit"] for name, described in store.manifest.scores.items()}
     for name, unit in units.items():
         values = store.to_arrow([name])[name].drop_null().to_numpy()
         table.add_row(name, unit, f"{np.median(values):.4g}" if len(values) else "-", f"{len(values):,}")

@@ -72,7 +72,7 @@ class ScoreCommand(Command):
         from selector.data.load import load_rows
         from selector.errors import SelectorError, raise_all
         from selector.forward import named_scorers
-        from selector.scorer import estimate_run, explain, load_model, score_dataset
+        from selector.scorer import check_explainable, estimate_run, explain, load_model, score_dataset
         from selector.scorer.processes import process_state, together
         from selector.scorer.sharding import wants_sharding
 
@@ -84,6 +84,8 @@ class ScoreCommand(Command):
         with together(state):
             try:
                 named_scorers(self.config.scorers)
+                if self.explain:
+                    check_explainable(self.config)
             except SelectorError as error:
                 problems.append(error)
             try:

@@ -38,12 +38,11 @@ class ForwardScores:
         self.needs = frozenset(need for scorer in scorers.values() for need in scorer.needs)
         self._hidden: Tensor | None = None
         whole: nn.Module = getattr(model, "get_base_model", lambda: model)()
-        self._body = getattr(whole, "base_model", whole)
-        if "hidden" in self.needs and self._body is whole:
-            raise ModelError(
-                "last hidden states cannot be read", got=type(whole).__name__, allowed="models of transformers, whose output head is apart",
-                fix="leave out " + ", ".join(name for name, scorer in scorers.items() if "hidden" in scorer.needs),
-            )  # fmt: skip
+        # base_model would not do: OPT's output head reads the decoder inside it
+        self._body = getattr(whole, "get_decoder", lambda: whole)()
+        self._name = type(whole).__name__
+        if self._body is whole:
+            self._check_hidden()
 
     @contextmanager
     def attached(self) -> Iterator[ForwardScores]:
@@ -75,6 +74,8 @@ class ForwardScores:
         """
         if not self.scorers:
             return {}
+        if self._hidden is None:
+            self._check_hidden()
         hidden, self._hidden = self._hidden, None
         alone = None
         if "alone" in self.needs:
@@ -83,6 +84,14 @@ class ForwardScores:
             self._hidden = None
         forward = ForwardPass(batch, logits.detach(), columns, hidden, alone)
         return {name: scorer.compute(forward).double() for name, scorer in self.scorers.items()}
+
+    def _check_hidden(self) -> None:
+        """Refuse a model whose last hidden states cannot be seen, where a scorer needs them."""
+        if "hidden" in self.needs:
+            raise ModelError(
+                "last hidden states cannot be read", got=self._name, allowed="models of transformers, whose output head is apart",
+                fix="leave out " + ", ".join(name for name, scorer in self.scorers.items() if "hidden" in scorer.needs),
+            )  # fmt: skip
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         states = getattr(output, "last_hidden_state", None)

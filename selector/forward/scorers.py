@@ -19,7 +19,7 @@ from torch import Tensor
 from selector.errors import ConfigError, SelectorError, did_you_mean, raise_all
 from selector.forward.passes import ForwardPass
 from selector.registry import Registry
-from selector.spectra import effective_rank, nuclear_norm
+from selector.spectra import Measure, effective_rank, nuclear_norm
 from selector.spectra.linalg import outer_square, root_eigenvalues
 
 Need = Literal["alone", "hidden", "logits"]
@@ -116,7 +116,7 @@ def hidden_effective_rank(forward: ForwardPass) -> Float[Tensor, " N"]:
     assert forward.hidden is not None
     rows = forward.rows(forward.hidden).double()
     gram = outer_square(rows if rows.shape[1] <= rows.shape[2] else rows.mT)
-    return _measured(gram, effective_rank)
+    return _measured(forward, gram, effective_rank)
 
 
 def angle_concentration(forward: ForwardPass) -> Float[Tensor, " N"]:
@@ -167,22 +167,24 @@ def logit_nuclear_norm(forward: ForwardPass) -> Float[Tensor, " N"]:
     length = forward.rows(forward.logits[..., :1]).shape[1]
     if vocabulary <= length:
         rows = forward.rows(forward.logits.double())
-        return _measured(rows.mT @ rows, nuclear_norm)
+        return _measured(forward, rows.mT @ rows, nuclear_norm)
     gram = forward.logits.new_zeros(len(forward.batch.samples), length, length, dtype=torch.float64)
     for part in forward.logits.split(max(VALUES_AT_ONCE // positions, 1), dim=-1):
         rows = forward.rows(part.double())
         gram.baddbmm_(rows, rows.mT)
-    return _measured(gram, nuclear_norm)
+    return _measured(forward, gram, nuclear_norm)
 
 
-def _measured(
-    gram: Float[Tensor, "N n n"], measure: Callable[[Float[Tensor, "N R"]], Float[Tensor, " N"]]
-) -> Float[Tensor, " N"]:
-    """A measure of the singular values of matrices, from their Gram matrices; infinite where these are not finite."""
+def _measured(forward: ForwardPass, gram: Float[Tensor, "N n n"], measure: Measure) -> Float[Tensor, " N"]:
+    """A measure of the singular values of one matrix per sample, from Gram matrices; infinite where these are not finite."""
     bad = ~gram.isfinite().flatten(1).all(1)
     gram = gram.masked_fill(bad[:, None, None], 0.0)
     missing = -gram.shape[-1] % KERNEL_MULTIPLE if gram.is_cuda else 0
-    return measure(root_eigenvalues(F.pad(gram, (0, missing, 0, missing)))).masked_fill(bad, torch.inf)
+    sigma = root_eigenvalues(F.pad(gram, (0, missing, 0, missing)))
+    # rows of padding leave rounding where there is no singular value
+    tokens = torch.tensor([sample.n_tokens for sample in forward.batch.samples], device=sigma.device)
+    beyond = torch.arange(sigma.shape[-1], device=sigma.device) >= tokens[:, None]
+    return measure(sigma.masked_fill(beyond, 0.0)).masked_fill(bad, torch.inf)
 
 
 scorers.register("ifd")(Scorer(ifd, higher_first=True, unit="ratio", needs=("alone",)))

@@ -65,11 +65,7 @@ def explain(
             allowed="a model whole on one device",
             fix="repeat the command without FSDP or DeepSpeed",
         )
-    if "spectra" not in config.scorers:
-        raise ConfigError(
-            "samples are explained by their gradients, which are not measured", got=", ".join(config.scorers),
-            allowed="spectra among the scorers", fix="add spectra to --with",
-        )  # fmt: skip
+    check_explainable(config)
     work = plan(model, tokenizer, dataset, config, reference)
     manifest = check(store, work.manifest, work.rows, append=True)
     samples = _asked(work.samples, ids)
@@ -96,6 +92,22 @@ def explain(
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     add_explanations(store, manifest.fingerprint, table)
     return table
+
+
+def check_explainable(config: ScoreConfig) -> None:
+    """Make sure that a run measures what samples are explained by.
+
+    Args:
+        config: settings of the run.
+
+    Raises:
+        ConfigError: no spectra are asked for.
+    """
+    if "spectra" not in config.scorers:
+        raise ConfigError(
+            "samples are explained by their gradients, which are not measured", got=", ".join(config.scorers),
+            allowed="spectra among the scorers", fix="add spectra to --with",
+        )  # fmt: skip
 
 
 def _asked(samples: Sequence[Sample], ids: Sequence[str]) -> list[Sample]:

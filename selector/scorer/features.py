@@ -212,7 +212,7 @@ def sample_row(
         loss: nats per token.
         features: float32 [F] for each measure, the sketch where there is one, and a number or None for each scorer.
     """
-    scored = status == "ok" and features is not None
+    given = features if status == "ok" else None
     return {
         "sample_id": sample.sample_id,
         "row": sample.row,
@@ -221,6 +221,6 @@ def sample_row(
         "n_loss_tokens": sample.n_loss_tokens,
         "truncated": sample.truncated,
         "status": status,
-        "loss": loss if scored else None,
-        **(features if scored else {}),
+        "loss": None if given is None else loss,
+        **(dict.fromkeys(MEASURES) if given is None else given),
     }

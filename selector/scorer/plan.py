@@ -127,10 +127,12 @@ def plan(
         "model": model_fingerprint(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": data[0]["fingerprint"],
-        "scorers": {name: {"higher_first": one.higher_first, "unit": one.unit} for name, one in scorers.items()},
     }
-    if targets and not scorers:
-        del identity["scorers"]  # as in stores that were begun before there were any but spectra
+    del identity[
+        "scorers"
+    ]  # the layer table and `scores` tell; stores of spectra alone are as before there was a choice
+    if scorers or not targets:
+        identity["scores"] = {name: {"higher_first": s.higher_first, "unit": s.unit} for name, s in scorers.items()}
     manifest = Manifest(
         identity=identity, layers=tuple(target.spec for target in targets), expected=count, data=data,
         execution=config.execution(), versions=versions(),

@@ -182,7 +182,7 @@ def _begin(
         pad_token_id=tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0,
         extractor=FeatureExtractor(
             model, work.targets, config.precision, sketch, work.loss, reference, checkpoint=config.checkpoint,
-            scorers=work.scorers, bos_token_id=tokenizer.bos_token_id,
+            scorers=work.scorers, bos_token_id=tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None,
         ),
     )  # fmt: skip
 

@@ -62,7 +62,7 @@ def available(store: FeatureStore) -> dict[str, bool]:
     Returns:
         Whether high values come first unless the caller says otherwise, by name.
     """
-    directions = {name: described["higher_first"] for name, described in store.manifest.scorers.items()}
+    directions = {name: described["higher_first"] for name, described in store.manifest.scores.items()}
     if store.layers:
         directions = {name: HIGHER_FIRST[name] for name in HIGHER_FIRST if name in FROM_SPECTRA} | directions
     others = [name for name in HIGHER_FIRST if name not in FROM_SPECTRA]
@@ -105,7 +105,7 @@ def score(
         raise ConfigError(
             "the store holds no spectra" if spectral else "unknown score, or one that the store does not hold",
             got=by, allowed=", ".join(directions),
-            fix="say what to score by" if spectral else did_you_mean(by, directions) or None,
+            fix="say what to score by, or score into another directory with spectra among --with" if spectral else did_you_mean(by, directions) or None,
         )  # fmt: skip
     aggregation = aggregation or Aggregation()
     if by == "layer_profile_difference":
@@ -145,7 +145,7 @@ def _read(
     """Columns that scores keep, and the raw score, both in rows of the data set."""
     measures = FROM_SPECTRA.get(by, ())
     kept = ["sample_id", "row", "source", "n_tokens", "n_loss_tokens"]
-    stored = [by] if by == "loss" or by in store.manifest.scorers else ["loss"] if by == "perplexity" else []
+    stored = [by] if by == "loss" or by in store.manifest.scores else ["loss"] if by == "perplexity" else []
     reference = None
     if measures and aggregation.scale != "none":
         reference = feature_scale(np.concatenate(list(_all_features(store, by, measures))), aggregation.scale)

@@ -25,14 +25,14 @@ Columns of a shard, one row per sample:
     <measure>       fixed-size list of float32 over the layer table, one column for each of `types.MEASURES`;
                     null where the sample has no score, null entries where a layer got no gradient; none of these columns
                     in stores without spectra, whose layer table is empty
-    <scorer>        float32, one column for each of the identity's `scorers`, in alphabetical order; null where the
+    <score>         float32, one column for each of the identity's `scores`, in alphabetical order; null where the
                     sample has no such score
     sketch          fixed-size list of float16, `sketch_dimension` numbers per entry of the layer table, each entry
                     divided by its `sketch_scale`; only in stores with sketches
     sketch_scale    fixed-size list of float32 over the layer table: gradients of mean losses underflow float16
 
-The identity's `scorers` says of each scorer which end of its score comes first, and its unit, so that a store can be
-read where the scorer is not registered. Stores of spectra alone lack the entry.
+The identity's `scores` says of each which of its ends comes first, and its unit, so that a store can be read where the scorer
+is not registered. Stores of spectra alone lack the entry.
 
 `manifest.json` is rewritten through a rename. `expected` (samples of the data set) is known from the start;
 `shards` and `cost` are filled in when a run ends. `data` records how the data set grew: the number of its rows and the
@@ -69,13 +69,13 @@ STATUSES = ("ok", "zero_gradient", "no_loss_tokens", "nonfinite", "too_long")
 """What can become of a sample; only `ok` has a loss and features. Any other failure reads `error: ...`."""
 
 
-def shard_schema(n_features: int, sketch_dimension: int = 0, scorers: Iterable[str] = ()) -> pa.Schema:
+def shard_schema(n_features: int, sketch_dimension: int = 0, scores: Iterable[str] = ()) -> pa.Schema:
     """Arrow schema of a shard.
 
     Args:
         n_features: length of the layer table; 0 for a store without spectra.
         sketch_dimension: numbers per entry of the layer table; 0 for a store without sketches.
-        scorers: names of the scores that forward passes gave.
+        scores: names of those that forward passes gave.
     """
     spectra = MEASURES if n_features else ()
     sketches = [
@@ -93,7 +93,7 @@ def shard_schema(n_features: int, sketch_dimension: int = 0, scorers: Iterable[s
             pa.field("status", pa.string(), nullable=False),
             pa.field("loss", pa.float32()),
             *(pa.field(name, pa.list_(pa.float32(), n_features)) for name in spectra),
-            *(pa.field(name, pa.float32()) for name in sorted(scorers)),
+            *(pa.field(name, pa.float32()) for name in sorted(scores)),
             *(sketches if sketch_dimension else []),
         ]
     )
@@ -136,12 +136,12 @@ class Manifest:
     @property
     def schema(self) -> pa.Schema:
         """Arrow schema of the store's shards."""
-        return shard_schema(len(self.layers), self.identity.get("sketch_dimension", 0), self.scorers)
+        return shard_schema(len(self.layers), self.identity.get("sketch_dimension", 0), self.scores)
 
     @property
-    def scorers(self) -> dict[str, dict[str, Any]]:
+    def scores(self) -> dict[str, dict[str, Any]]:
         """Scores that forward passes gave, by name: `higher_first` and `unit`."""
-        return self.identity.get("scorers", {})
+        return self.identity.get("scores", {})
 
     @property
     def shard_metadata(self) -> dict[bytes, bytes]:
@@ -211,7 +211,7 @@ def identity_conflicts(store: Path, old: Manifest, new: Manifest) -> list[StoreE
         new: what the run would write.
     """
     fields = [
-        StoreError(f"{store} belongs to another run: {name} differs", got=new.identity.get(name), allowed=old.identity.get(name),
+        StoreError(f"{store} belongs to another run: {name} differs", got=_shown(new.identity.get(name)), allowed=_shown(old.identity.get(name)),
                    fix="use the same setting, or another output directory")
         for name in sorted({*old.identity, *new.identity})
         if old.identity.get(name) != new.identity.get(name)
@@ -226,3 +226,10 @@ def identity_conflicts(store: Path, old: Manifest, new: Manifest) -> list[StoreE
             )
         ]
     return fields
+
+
+def _shown(value: Any) -> Any:
+    """A field of an identity in a message: of a mapping its names."""
+    if isinstance(value, dict):
+        value = ", ".join(value) or None
+    return "none" if value is None else value
