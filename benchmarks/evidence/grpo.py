@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samplers", nargs="*", default=SAMPLERS)
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--demonstrations", type=int, default=6000, help="with which warming begins")
+    parser.add_argument("--demonstrations", type=int, default=9000, help="with which warming begins")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=3, help="steps between two looks at the held-out reward")
     parser.add_argument("--batch", type=int, default=16, help="prompts of a step")

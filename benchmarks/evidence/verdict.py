@@ -66,7 +66,12 @@ def report(
     ]  # fmt: skip
     for budget, rows in tables.items():
         lines += ["", f"## {budget}", "", *verdict(rows), "", *markdown(rows)]
-    lines += ["", "## Choice tasks", "", *choices(results, questions)]
+    lines += [
+        "",
+        "## Choice tasks",
+        "",
+        *choices(results, questions, ["nothing", "random", *(rows[0]["method"] for rows in tables.values())]),
+    ]
     lines += ["", "## Weights of the combination (z-scores, fitted on the development pool)", ""]
     lines += [f"- {name}: {weight:+.3f}" for name, weight in about["weights"]["combination"].items()]
     lines += ["", "Versions: " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items())]
@@ -176,15 +181,21 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return said
 
 
-def choices(results: Results, questions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Accuracy before training and after training on random rows, against chance."""
+def choices(results: Results, questions: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[str]:
+    """Lines of a table of accuracies against chance.
+
+    Args:
+        results: finished trainings.
+        questions: of the choice tasks.
+        methods: whose models are shown.
+    """
     lines = ["| task | questions | chance ± 2 standard errors | trained on | accuracy |", "|---|---|---|---|---|"]
     for task in dict.fromkeys(question["task"] for question in questions):
         own = [1 / len(question["choices"]) for question in questions if question["task"] == task]
         chance = float(np.mean(own))
         error = 2 * float(np.sqrt(np.sum([p * (1 - p) for p in own]))) / len(own)
         for (name, budget), seeds in results.items():
-            if name.startswith("matched "):
+            if name not in methods:
                 continue
             reached = float(np.mean([one["accuracy"][task] for one in seeds.values()]))
             beyond = " (beyond chance)" if reached > chance + error else ""
