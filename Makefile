@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BROWSER := .venv/.browser
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all lint evidence-selection evidence-grpo
 
 demo: $(STAMP)
 	$(BIN)/selector demo
@@ -20,6 +20,26 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/codespell
+
+# trainings of at most SECONDS at a time; the same command again continues and writes the table anew
+MODEL ?= embedded
+WORKERS ?= 1
+GPUS ?= 0
+SECONDS ?= 540
+EVIDENCE = $(BIN)/python benchmarks/evidence
+SHARED_OUT = --workers $(WORKERS) --gpus $(GPUS) --seconds $(SECONDS)
+
+evidence-selection: $(STAMP)
+	$(EVIDENCE)/selection.py pool --model $(MODEL) --data "$(DATA)"
+	$(EVIDENCE)/selection.py score --model $(MODEL)
+	$(EVIDENCE)/selection.py tune --model $(MODEL) $(SHARED_OUT)
+	$(EVIDENCE)/selection.py train --model $(MODEL) $(SHARED_OUT)
+	$(EVIDENCE)/selection.py table --model $(MODEL)
+
+evidence-grpo: $(STAMP)
+	$(EVIDENCE)/grpo.py warm
+	$(EVIDENCE)/grpo.py train $(SHARED_OUT)
+	$(EVIDENCE)/grpo.py table
 
 # torch goes first and pinned: this release has a small CPU build, which the other packages then accept
 $(STAMP): pyproject.toml

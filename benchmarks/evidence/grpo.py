@@ -1,0 +1,344 @@
+"""Which prompts should reinforcement learning draw? GRPO on sums that a small model can learn, under five samplers.
+
+    python benchmarks/evidence/grpo.py warm
+    python benchmarks/evidence/grpo.py train --workers 8 --gpus 2 --seconds 140
+    python benchmarks/evidence/grpo.py table
+
+The prompts are sums of numbers below 20, 50 and 200 and, as hopeless ones, products of four digits, a quarter each; the
+reward is an exact match. `warm` fine-tunes the model on other sums until it solves about a quarter of the two easier kinds, and
+scores the prompts with that model. All samplers start there, with equal settings; what differs is the prompts they draw.
+The held-out reward is the mean probability of the right answer to sums that no training sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import workers
+
+SEEDS = (0, 1, 2, 3, 4)
+BELOW = {"below 20": 20, "below 50": 50, "below 200": 200, "hopeless": 10000}
+"""What the numbers of each kind of problem are below."""
+EASY = ("below 20", "below 50")
+SUMS = (*EASY, "below 200")
+WARM_AT = 0.25
+"""Probability of the right answer on the easy half from which on the model is warm."""
+WARM_RATE = 2e-3
+"""Learning rate of the demonstrations."""
+GROWTH = 1.5
+"""Factor on the number of demonstrations until it is."""
+SAMPLERS = ("uniform", "learnability", "angles", "spectral", "mixed")
+
+Run = dict[str, Any]
+Row = dict[str, str]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--model", default="embedded", help="checkpoint of a causal language model, or `embedded`")
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence/grpo"), help="where everything is kept")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent.parent / "results", help="for `table`")
+    parser.add_argument("--samplers", nargs="*", default=SAMPLERS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--demonstrations", type=int, default=9000, help="with which warming begins")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--every", type=int, default=3, help="steps between two looks at the held-out reward")
+    parser.add_argument("--batch", type=int, default=16, help="prompts of a step")
+    parser.add_argument("--generations", type=int, default=8, help="completions of a prompt")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--workers", type=int, help="processes on each GPU, or in all without one")
+    parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--shard", type=lambda text: tuple(map(int, text.split("/"))), default=(0, 1))
+    parser.add_argument("--seconds", type=float, default=540, help="that `train` may take")
+    options = parser.parse_args(arguments)
+    options.started = time.monotonic()
+    if options.model == "embedded":
+        from selector.assets import TINY_MODEL
+
+        options.model = str(TINY_MODEL)
+    return STAGES[options.stage](options)
+
+
+def problems(kind: str, count: int, rng: np.random.Generator, taken: set[str]) -> list[Row]:
+    """Problems of a kind as prompt and completion.
+
+    Args:
+        kind: one of `BELOW`.
+        count: how many.
+        rng: draws them.
+        taken: prompts that must not come.
+    """
+    sign, found = "*" if kind == "hopeless" else "+", []
+    while len(found) < count:
+        a, b = rng.integers(BELOW[kind] // 10 if kind == "hopeless" else 0, BELOW[kind], 2).tolist()
+        prompt = f"{a} {sign} {b} ="
+        if prompt not in taken:
+            found.append(
+                {"id": prompt, "source": kind, "prompt": prompt, "completion": f" {a * b if sign == '*' else a + b}"}
+            )
+    return found
+
+
+def parts(prompts: int) -> dict[str, list[Row]]:
+    """Prompts to train on and held-out ones, each prompt once.
+
+    Args:
+        prompts: how many to train on; half as many sums are held out.
+    """
+    rng = np.random.default_rng(0)
+    found: dict[str, list[Row]] = {"heldout": [], "pool": []}
+    taken: set[str] = set()
+    for part, kinds, count in (("heldout", SUMS, prompts // 6), ("pool", tuple(BELOW), prompts // len(BELOW))):
+        for kind in kinds:
+            for _ in range(count):
+                found[part] += problems(kind, 1, rng, taken)
+                taken.add(found[part][-1]["prompt"])
+    return found
+
+
+def warm(options: argparse.Namespace) -> int:
+    """Teach the model some sums, and score the prompts with it."""
+    from datasets import Dataset
+    from training import Bench, Settings, encode, log_likelihoods
+
+    from selector.config import ScoreConfig
+    from selector.scorer import score_dataset
+
+    found = parts(options.prompts)
+    taken = {row["prompt"] for rows in found.values() for row in rows}
+    rng, count, reached = np.random.default_rng(1), options.demonstrations, 0.0
+    easy = [row for row in found["heldout"] if row["source"] in EASY]
+    while True:
+        demonstrations = [row for kind in SUMS for row in problems(kind, count // len(SUMS), rng, taken)]
+        bench = Bench(options.model, demonstrations, Settings(epochs=2, tokens_per_step=1024))
+        model, _ = bench.train(range(len(demonstrations)), WARM_RATE, 0)
+        samples = encode(bench.tokenizer, [(row["prompt"], row["completion"]) for row in easy])
+        reached = float(np.exp(log_likelihoods(model, samples)).mean())
+        print(f"{len(demonstrations)} demonstrations: right answers to easy sums with probability {reached:.3f}")
+        if reached >= WARM_AT:
+            break
+        count = int(count * GROWTH)
+    plain = copy.deepcopy(bench.base)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(options.work / "warm")
+    bench.tokenizer.save_pretrained(options.work / "warm")
+    config = ScoreConfig(id_column="id", scorers=("spectra", "angle_concentration"))
+    score_dataset(plain, bench.tokenizer, Dataset.from_list(found["pool"]), options.work / "features", config)
+    return 0
+
+
+def runs(options: argparse.Namespace) -> list[Run]:
+    """All samplers with one seed after the other."""
+    return [{"sampler": sampler, "seed": seed} for seed in options.seeds for sampler in options.samplers]
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train under every sampler."""
+    if options.workers:
+        return launch(options)
+    if not (options.work / "features").exists():
+        raise SystemExit(f"there is no {options.work / 'features'}: run the stage `warm` first")
+    import training
+
+    from selector.scorer import load_model
+    from selector.scores import score
+    from selector.selecting import select
+    from selector.store import FeatureStore
+
+    device = training.prepare()
+    model, tokenizer = load_model(str(options.work / "warm"), "float32", device=device)
+    store, found = FeatureStore.open(options.work / "features"), parts(options.prompts)
+    selection = select(score(store, "effective_rank"), budget="100%")
+    concentration = score(store, "angle_concentration", control="none")
+    angles = dict(zip(concentration.ids.tolist(), concentration.raw.tolist(), strict=True))
+    heldout = training.encode(tokenizer, [(row["prompt"], row["completion"]) for row in found["heldout"]])
+
+    def do(run: Run) -> dict[str, Any]:
+        own = copy.deepcopy(model)
+        curve: list[float] = []
+
+        def look() -> None:
+            curve.append(float(np.exp(training.log_likelihoods(own, heldout)).mean()))
+
+        look()
+        drawn = reinforce(
+            own, tokenizer, found["pool"], selection, signal_of(run["sampler"], angles), look, run["seed"], options
+        )
+        return {"curve": curve, "drawn": drawn}
+
+    workers.work(options.work, "grpo", runs(options), do, options.shard, options.started + options.seconds)
+    return 0
+
+
+def signal_of(sampler: str, angles: Mapping[str, float]) -> Any:
+    """What the weights of a sampler follow; None for equal ones."""
+    from selector.sampling import FocusSignal, RewardSignal
+    from selector.sampling.spectral import SpectrumSignal
+
+    return {
+        "uniform": lambda: None,
+        "learnability": lambda: RewardSignal(richness=0),
+        "angles": lambda: FocusSignal(angles),
+        "spectral": lambda: SpectrumSignal(share=None),
+        "mixed": lambda: RewardSignal(richness=0.5, angles=angles),
+    }[sampler]()
+
+
+def reinforce(
+    model: Any,
+    tokenizer: Any,
+    pool: list[Row],
+    selection: Any,
+    signal: Any,
+    look: Any,
+    seed: int,
+    options: argparse.Namespace,
+) -> dict[str, float]:
+    """Train with GRPO, in place.
+
+    Args:
+        model: the policy.
+        tokenizer: its tokenizer.
+        pool: prompts with answers.
+        selection: all of them, with scores.
+        signal: of the sampler.
+        look: is called every so many steps.
+        seed: of draws and completions.
+        options: steps, batch, generations and learning rate.
+
+    Returns:
+        Share of the drawn prompts by kind.
+    """
+    from datasets import Dataset
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    from selector.integrations.trl import attach
+
+    kinds = {row["prompt"]: row["source"] for row in pool}
+    rows = [{"id": row["id"], "prompt": row["prompt"], "answer": row["completion"].strip()} for row in pool]
+    counts = dict.fromkeys(BELOW, 0)
+
+    def reward(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        for prompt in prompts:
+            counts[kinds[prompt]] += 1
+        return [float(text.strip() == wanted) for text, wanted in zip(completions, answer, strict=True)]
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % options.every == 0:
+                look()
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = GRPOConfig(
+            output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.batch * options.generations,
+            num_generations=options.generations, max_completion_length=8, learning_rate=options.learning_rate, beta=0.0,
+            lr_scheduler_type="constant", seed=seed, report_to=[], save_strategy="no", logging_strategy="no",
+            disable_tqdm=True, bf16=False, gradient_checkpointing=False, use_cpu=model.device.type == "cpu",
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, reward_funcs=reward,
+            callbacks=[Look()],
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        attach(trainer, selection, online=signal, id_column="id")
+        trainer.train()
+    total = sum(counts.values())
+    return {kind: count / total for kind, count in counts.items()}
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Share the trainings among processes."""
+    names = ("model", "work", "prompts", "steps", "every", "batch", "generations", "learning_rate")
+    arguments = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+    arguments += ["--samplers", *options.samplers, "--seeds", *map(str, options.seeds)]
+    failed = workers.launch(
+        Path(__file__), ["train", *arguments], options.work / "logs", options.workers, options.gpus, options.seconds
+    )
+    print(f"{len(workers.finished(options.work, 'grpo'))} of {len(runs(options))} runs are finished")
+    return 1 if failed else 0
+
+
+def table(options: argparse.Namespace) -> int:
+    """Write what was found."""
+    from paired import interval
+    from verdict import shown
+
+    from selector.runtime import versions
+    from selector.scorer.cost import device_name
+
+    curves: dict[str, dict[int, np.ndarray]] = {}
+    drawn: dict[str, list[dict[str, float]]] = {}
+    results = workers.finished(options.work, "grpo")
+    for one in results:
+        curves.setdefault(one["run"]["sampler"], {})[one["run"]["seed"]] = np.array(one["curve"])
+        drawn.setdefault(one["run"]["sampler"], []).append(one["drawn"])
+    if "uniform" not in curves:
+        raise SystemExit("no uniform run is finished: run the stage `train` first")
+    mean = np.mean(list(curves["uniform"].values()), axis=0)
+    goal = float(mean[0] + mean[-1]) / 2
+    lines = [
+        f"# Which prompts should GRPO draw? {time.strftime('%Y-%m-%d')}", "",
+        f"{device_name()}; {options.prompts} prompts, {options.steps} steps of {options.batch} prompts with {options.generations} "
+        f"completions each, learning rate {options.learning_rate:g}. The held-out reward is {mean[0]:.3f} before training. Steps to "
+        f"the goal: until it is {goal:.3f}, half of the rise under uniform draws; a run that does not get there counts "
+        f"{options.steps + options.every}. Area: mean held-out reward over the steps. Differences to uniform draws are paired by seed, "
+        "with 95 % t-intervals.", "",
+        "| sampler | steps to the goal | − uniform | area | − uniform | last | − uniform | reached | "
+        + " | ".join(f"drawn: {kind}" for kind in BELOW) + " | seeds |",
+        "|" + "---|" * (9 + len(BELOW)),
+    ]  # fmt: skip
+    summary = {}
+    for sampler, own in curves.items():
+        measures = {
+            "steps": {seed: steps_to(curve, goal, options.every) for seed, curve in own.items()},
+            "area": {seed: float(curve.mean()) for seed, curve in own.items()},
+            "last": {seed: float(curve[-1]) for seed, curve in own.items()},
+        }
+        rival = {
+            "steps": {seed: steps_to(curve, goal, options.every) for seed, curve in curves["uniform"].items()},
+            "area": {seed: float(curve.mean()) for seed, curve in curves["uniform"].items()},
+            "last": {seed: float(curve[-1]) for seed, curve in curves["uniform"].items()},
+        }
+        cells = []
+        summary[sampler] = {"measures": measures}
+        for name, values in measures.items():
+            pairs = [values[seed] - rival[name][seed] for seed in values if seed in rival[name]]
+            cells.append(f"{np.mean(list(values.values())):.{1 if name == 'steps' else 4}f}")
+            cells.append(shown(interval(pairs)) if pairs and sampler != "uniform" else "")
+        reached = np.mean([curve.max() >= goal for curve in own.values()])
+        shares = [f"{np.mean([one[kind] for one in drawn[sampler]]):.0%}" for kind in BELOW]
+        lines.append("| " + " | ".join([sampler, *cells, f"{reached:.0%}", *shares, str(len(own))]) + " |")
+    lines += ["", "Versions: " + ", ".join(f"{name} {number}" for name, number in versions().items())]
+    stem = options.results / f"evidence_grpo_{time.strftime('%Y-%m-%d')}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    stem.with_suffix(".json").write_text(
+        json.dumps({"goal": goal, "summary": summary, "runs": results}, indent=1) + "\n"
+    )
+    print("\n".join(lines))
+    return 0
+
+
+def steps_to(curve: np.ndarray, goal: float, every: int) -> int:
+    """Steps until a curve of looks reaches a goal; one look more than there were where it does not."""
+    reached = np.flatnonzero(curve >= goal)
+    return int(reached[0] if len(reached) else len(curve)) * every
+
+
+STAGES = {"warm": warm, "train": train, "table": table}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
