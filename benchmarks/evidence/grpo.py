@@ -188,7 +188,7 @@ def signal_of(sampler: str, angles: Mapping[str, float]) -> Any:
 
     return {
         "uniform": lambda: None,
-        "learnability": lambda: RewardSignal(richness=0),
+        "learnability": lambda: RewardSignal(richness=0.0),
         "angles": lambda: FocusSignal(angles),
         "spectral": lambda: SpectrumSignal(share=None),
         "mixed": lambda: RewardSignal(richness=0.5, angles=angles),
