@@ -211,6 +211,9 @@ def test_every_sampler_learns_from_two_steps_of_grpo(tmp_path, monkeypatch, caps
     common = ["--work", str(tmp_path), "--prompts", "32", "--steps", "2", "--every", "1", "--batch", "4"]
     common += ["--generations", "2", "--demonstrations", "32", "--seeds", "0"]
     assert grpo.main(["warm", *common]) == 0
+    monkeypatch.setattr(grpo, "LEARNING_RATES", (1e-4,))
+    monkeypatch.setattr(grpo, "TUNING_SEEDS", (7,))
+    assert grpo.main(["tune", *common]) == 0
     assert grpo.main(["train", *common]) == 0
     assert grpo.main(["table", *common, "--results", str(tmp_path / "results")]) == 0
     shown = capsys.readouterr().out
