@@ -38,6 +38,7 @@ evidence-selection: $(STAMP)
 
 evidence-grpo: $(STAMP)
 	$(EVIDENCE)/grpo.py warm
+	$(EVIDENCE)/grpo.py tune $(SHARED_OUT)
 	$(EVIDENCE)/grpo.py train $(SHARED_OUT)
 	$(EVIDENCE)/grpo.py table
 

@@ -131,11 +131,12 @@ def test_a_training_starts_from_the_base_model_and_is_examined_itself():
     import torch
     from training import Bench, Examination, Settings
 
-    rows = rows_of(POOL)[:24]
-    bench = Bench(str(TINY_MODEL), rows, Settings(epochs=1, tokens_per_step=1024))
+    rows = sorted(rows_of(POOL), key=lambda row: len(row["prompt"] + row["completion"]))[:24]
+    heldout = sorted(rows_of(HELD_OUT), key=lambda row: len(row["prompt"] + row["completion"]))[:3]
+    bench = Bench(str(TINY_MODEL), rows, Settings(epochs=1, tokens_per_step=128))
     examination = Examination(
         bench.tokenizer,
-        [row | {"source": "dolly"} for row in rows_of(HELD_OUT)[:3]],
+        [row | {"source": "dolly"} for row in heldout],
         [{"task": "t", "prompt": "2 + 2 =", "choices": [" 4", " 5"], "right": 0}],
     )
     before = examination(bench.base)
@@ -151,7 +152,7 @@ def test_a_training_starts_from_the_base_model_and_is_examined_itself():
     assert examination(again) == after
     # the loss is the mean over all tokens of the source's rows
     nats, tokens = 0.0, 0
-    for row in rows_of(HELD_OUT)[:3]:
+    for row in heldout:
         prompt = bench.tokenizer(row["prompt"])["input_ids"]
         whole = bench.tokenizer(row["prompt"] + row["completion"] + bench.tokenizer.eos_token)["input_ids"]
         with torch.no_grad():
@@ -163,12 +164,14 @@ def test_a_training_starts_from_the_base_model_and_is_examined_itself():
 
 
 def test_every_stage_of_the_evidence_of_selection(data, tmp_path, monkeypatch, capsys):
+    import pools
     import selection
 
+    monkeypatch.setattr(pools, "LONGEST", 128)  # short rows are quick
     monkeypatch.setattr(selection, "COST_ROWS", 4)
     monkeypatch.setattr(selection, "LEARNING_RATES", (1e-4,))
     monkeypatch.setattr(selection, "TUNING_SEEDS", (0,))
-    sizes = {"test": 40, "development": 24, "evaluation": 2, "target": 2, "questions": 1}
+    sizes = {"test": 32, "development": 24, "evaluation": 2, "target": 2, "questions": 1}
     common = ["--model", "embedded", "--work", str(tmp_path), "--sizes", json.dumps(sizes), "--budgets", "20% tokens"]
     common += [
         "--seeds",
@@ -208,6 +211,9 @@ def test_every_sampler_learns_from_two_steps_of_grpo(tmp_path, monkeypatch, caps
     common = ["--work", str(tmp_path), "--prompts", "32", "--steps", "2", "--every", "1", "--batch", "4"]
     common += ["--generations", "2", "--demonstrations", "32", "--seeds", "0"]
     assert grpo.main(["warm", *common]) == 0
+    monkeypatch.setattr(grpo, "LEARNING_RATES", (1e-4,))
+    monkeypatch.setattr(grpo, "TUNING_SEEDS", (7,))
+    assert grpo.main(["tune", *common]) == 0
     assert grpo.main(["train", *common]) == 0
     assert grpo.main(["table", *common, "--results", str(tmp_path / "results")]) == 0
     shown = capsys.readouterr().out

@@ -1,12 +1,14 @@
 """Which prompts should reinforcement learning draw? GRPO on sums that a small model can learn, under five samplers.
 
     python benchmarks/evidence/grpo.py warm
+    python benchmarks/evidence/grpo.py tune  --workers 8 --gpus 2
     python benchmarks/evidence/grpo.py train --workers 8 --gpus 2 --seconds 140
     python benchmarks/evidence/grpo.py table
 
 The prompts are sums of numbers below 20, 50 and 200 and, as hopeless ones, products of four digits, a quarter each; the
 reward is an exact match. `warm` fine-tunes the model on other sums until it solves about a quarter of the two easier kinds, and
-scores the prompts with that model. All samplers start there, with equal settings; what differs is the prompts they draw.
+scores the prompts with that model. All samplers start there, with the learning rate that `tune` finds best for uniform draws
+under other seeds; what differs is the prompts they draw.
 The held-out reward is the mean probability of the right answer to sums that no training sees.
 """
 
@@ -35,6 +37,8 @@ WARM_RATE = 2e-3
 """Learning rate of the demonstrations."""
 GROWTH = 1.5
 """Factor on the number of demonstrations until it is."""
+TUNING_SEEDS = (100, 101, 102)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 SAMPLERS = ("uniform", "learnability", "angles", "spectral", "mixed")
 
 Run = dict[str, Any]
@@ -51,12 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samplers", nargs="*", default=SAMPLERS)
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--demonstrations", type=int, default=9000, help="with which warming begins")
+    parser.add_argument("--demonstrations", type=int, default=13500, help="with which warming begins")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=3, help="steps between two looks at the held-out reward")
-    parser.add_argument("--batch", type=int, default=16, help="prompts of a step")
-    parser.add_argument("--generations", type=int, default=8, help="completions of a prompt")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--batch", type=int, default=32, help="prompts of a step")
+    parser.add_argument("--generations", type=int, default=16, help="completions of a prompt")
     parser.add_argument("--workers", type=int, help="processes on each GPU, or in all without one")
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--shard", type=lambda text: tuple(map(int, text.split("/"))), default=(0, 1))
@@ -138,15 +141,42 @@ def warm(options: argparse.Namespace) -> int:
     return 0
 
 
+def tuning_runs() -> list[Run]:
+    """Uniform draws under several learning rates."""
+    return [
+        {"sampler": "uniform", "seed": seed, "learning_rate": rate} for seed in TUNING_SEEDS for rate in LEARNING_RATES
+    ]
+
+
 def runs(options: argparse.Namespace) -> list[Run]:
-    """All samplers with one seed after the other."""
-    return [{"sampler": sampler, "seed": seed} for seed in options.seeds for sampler in options.samplers]
+    """All samplers with one seed after the other, at the best learning rate."""
+    results = workers.finished(options.work, "tune")
+    if len(results) < len(tuning_runs()):
+        raise SystemExit(f"{len(results)} of {len(tuning_runs())} tuning runs are finished: run the stage `tune` first")
+    areas = {
+        rate: np.mean([one["curve"] for one in results if one["run"]["learning_rate"] == rate])
+        for rate in LEARNING_RATES
+    }
+    rate = max(areas, key=areas.__getitem__)
+    return [
+        {"sampler": sampler, "seed": seed, "learning_rate": rate}
+        for seed in options.seeds
+        for sampler in options.samplers
+    ]
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Find the learning rate that is best for uniform draws."""
+    return launch(options) if options.workers else trainings(options, tuning_runs())
 
 
 def train(options: argparse.Namespace) -> int:
     """Train under every sampler."""
-    if options.workers:
-        return launch(options)
+    return launch(options) if options.workers else trainings(options, runs(options))
+
+
+def trainings(options: argparse.Namespace, wanted: list[Run]) -> int:
+    """Do this process's share of some runs."""
     if not (options.work / "features").exists():
         raise SystemExit(f"there is no {options.work / 'features'}: run the stage `warm` first")
     import training
@@ -172,12 +202,11 @@ def train(options: argparse.Namespace) -> int:
             curve.append(float(np.exp(training.log_likelihoods(own, heldout)).mean()))
 
         look()
-        drawn = reinforce(
-            own, tokenizer, found["pool"], selection, signal_of(run["sampler"], angles), look, run["seed"], options
-        )
+        signal = signal_of(run["sampler"], angles)
+        drawn = reinforce(own, tokenizer, found["pool"], selection, signal, look, run, options)
         return {"curve": curve, "drawn": drawn}
 
-    workers.work(options.work, "grpo", runs(options), do, options.shard, options.started + options.seconds)
+    workers.work(options.work, options.stage, wanted, do, options.shard, options.started + options.seconds)
     return 0
 
 
@@ -188,7 +217,7 @@ def signal_of(sampler: str, angles: Mapping[str, float]) -> Any:
 
     return {
         "uniform": lambda: None,
-        "learnability": lambda: RewardSignal(richness=0),
+        "learnability": lambda: RewardSignal(richness=0.0),
         "angles": lambda: FocusSignal(angles),
         "spectral": lambda: SpectrumSignal(share=None),
         "mixed": lambda: RewardSignal(richness=0.5, angles=angles),
@@ -202,7 +231,7 @@ def reinforce(
     selection: Any,
     signal: Any,
     look: Any,
-    seed: int,
+    run: Run,
     options: argparse.Namespace,
 ) -> dict[str, float]:
     """Train with GRPO, in place.
@@ -214,8 +243,8 @@ def reinforce(
         selection: all of them, with scores.
         signal: of the sampler.
         look: is called every so many steps.
-        seed: of draws and completions.
-        options: steps, batch, generations and learning rate.
+        run: seed of draws and completions, and learning rate.
+        options: steps, batch and generations.
 
     Returns:
         Share of the drawn prompts by kind.
@@ -243,8 +272,8 @@ def reinforce(
     with tempfile.TemporaryDirectory() as folder:
         args = GRPOConfig(
             output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.batch * options.generations,
-            num_generations=options.generations, max_completion_length=8, learning_rate=options.learning_rate, beta=0.0,
-            lr_scheduler_type="constant", seed=seed, report_to=[], save_strategy="no", logging_strategy="no",
+            num_generations=options.generations, max_completion_length=8, learning_rate=run["learning_rate"], beta=0.0,
+            lr_scheduler_type="constant", seed=run["seed"], report_to=[], save_strategy="no", logging_strategy="no",
             disable_tqdm=True, bf16=False, gradient_checkpointing=False, use_cpu=model.device.type == "cpu",
         )  # fmt: skip
         trainer = GRPOTrainer(
@@ -260,13 +289,18 @@ def reinforce(
 
 def launch(options: argparse.Namespace) -> int:
     """Share the trainings among processes."""
-    names = ("model", "work", "prompts", "steps", "every", "batch", "generations", "learning_rate")
+    names = ("model", "work", "prompts", "steps", "every", "batch", "generations")
     arguments = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     arguments += ["--samplers", *options.samplers, "--seeds", *map(str, options.seeds)]
     failed = workers.launch(
-        Path(__file__), ["train", *arguments], options.work / "logs", options.workers, options.gpus, options.seconds
+        Path(__file__),
+        [options.stage, *arguments],
+        options.work / "logs",
+        options.workers,
+        options.gpus,
+        options.seconds,
     )
-    print(f"{len(workers.finished(options.work, 'grpo'))} of {len(runs(options))} runs are finished")
+    print(f"{len(workers.finished(options.work, options.stage))} runs of `{options.stage}` are finished")
     return 1 if failed else 0
 
 
@@ -280,7 +314,7 @@ def table(options: argparse.Namespace) -> int:
 
     curves: dict[str, dict[int, np.ndarray]] = {}
     drawn: dict[str, list[dict[str, float]]] = {}
-    results = workers.finished(options.work, "grpo")
+    results = workers.finished(options.work, "train")
     for one in results:
         curves.setdefault(one["run"]["sampler"], {})[one["run"]["seed"]] = np.array(one["curve"])
         drawn.setdefault(one["run"]["sampler"], []).append(one["drawn"])
@@ -291,7 +325,7 @@ def table(options: argparse.Namespace) -> int:
     lines = [
         f"# Which prompts should GRPO draw? {time.strftime('%Y-%m-%d')}", "",
         f"{device_name()}; {options.prompts} prompts, {options.steps} steps of {options.batch} prompts with {options.generations} "
-        f"completions each, learning rate {options.learning_rate:g}. The held-out reward is {mean[0]:.3f} before training. Steps to "
+        f"completions each, learning rate {results[0]['run']['learning_rate']:g}. The held-out reward is {mean[0]:.3f} before training. Steps to "
         f"the goal: until it is {goal:.3f}, half of the rise under uniform draws; a run that does not get there counts "
         f"{options.steps + options.every}. Area: mean held-out reward over the steps. Differences to uniform draws are paired by seed, "
         "with 95 % t-intervals.", "",
@@ -337,7 +371,7 @@ def steps_to(curve: np.ndarray, goal: float, every: int) -> int:
     return int(reached[0] if len(reached) else len(curve)) * every
 
 
-STAGES = {"warm": warm, "train": train, "table": table}
+STAGES = {"warm": warm, "tune": tune, "train": train, "table": table}
 
 
 if __name__ == "__main__":

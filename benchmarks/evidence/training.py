@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import tempfile
 import warnings
@@ -71,6 +72,7 @@ class Bench:
         self._place = {row: i for i, row in enumerate(prepared["row"])}
         self._lengths = np.array([len(tokens) for tokens in prepared["input_ids"]])
         self._prepared = prepared.remove_columns("row")
+        gc.freeze()  # trainers collect garbage at every start: let them not look at what stays anyway
 
     def train(self, rows: Sequence[int], learning_rate: float, seed: int) -> tuple[PreTrainedModel, dict[str, float]]:
         """Train the base model on some of the rows.
