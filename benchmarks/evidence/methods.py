@@ -173,9 +173,21 @@ def methods(weights: Mapping[str, Mapping[str, float]]) -> dict[str, Method]:
 
         return chosen
 
+    def score_of(name: str) -> Callable[[Scored], Scores]:
+        if name in PARTS:
+            return lambda pool: combine(
+                {part: pool.ingredients[part] for part in weights[name]}, weights[name], how="z"
+            )
+        direction, by = name.split()
+        sign = 1 if direction == "high" else -1
+        return lambda pool: pool.valued(sign * pool.controlled(by).values)
+
     for by in ("effective_rank", "nuclear_norm", "loss"):
         found |= both(by, by, "loss" if by == "loss" else "spectra")
     found["combination"] = Method(combined("combination"), "spectra, sketches")
+    for name, cost in BY_SOURCE.items():
+        found[f"{name}, by source"] = Method(_by_source(score_of(name)), cost)
+        found[f"random of the better, {name}"] = Method(_random_of_better(score_of(name)), cost, True)
     found["target, mean cosine"] = Method(_target_mean, "spectra, sketches")
     found["target, best rank"] = Method(_target_best, "spectra, sketches")
     for part in PARTS:
@@ -198,6 +210,18 @@ def methods(weights: Mapping[str, Mapping[str, float]]) -> dict[str, Method]:
     return found | both("n_tokens", "n_tokens", "nothing")
 
 
+BY_SOURCE = {
+    "low loss": "loss",
+    "low nuclear_norm": "spectra",
+    "high effective_rank": "spectra",
+    "high ifd": "ifd",
+    "low ifd": "ifd",
+    "combination of spectra": "spectra, sketches",
+    "combination": "spectra, sketches",
+}
+"""Scores that are also compared within each source alone, so that a selection has the pool's mixture, and what they cost."""
+DROPPED = 0.4
+"""Share of each source that is left out as worse before a random draw."""
 DUPLICATE = 0.95
 """Lowest cosine of the gradients of near-duplicates."""
 FIRST = (
@@ -212,6 +236,26 @@ FIRST = (
     "target, mean cosine",
 )
 """Methods that are run first."""
+
+
+def _by_source(score_of: Callable[[Scored], Scores]) -> Callable[[Scored, str, int], Selection]:
+    """The best of each source, in the pool's proportions."""
+    return lambda pool, budget, seed: select(score_of(pool), None, budget, "proportional", seed=seed)
+
+
+def _random_of_better(score_of: Callable[[Scored], Scores]) -> Callable[[Scored, str, int], Selection]:
+    """A random draw from what is left of each source without its worst."""
+
+    def chosen(pool: Scored, budget: str, seed: int) -> Selection:
+        scores = score_of(pool)
+        values = np.full(len(scores), np.nan)
+        for source in np.unique(scores.source):
+            own = np.flatnonzero((scores.source == source) & np.isfinite(scores.values))
+            worst_first = own[np.argsort(scores.values[own], kind="stable")]
+            values[worst_first[int(DROPPED * len(own)) :]] = 1.0
+        return select(replace(scores, values=values), None, budget, "random", seed=seed)
+
+    return chosen
 
 
 def _by_sketches(policy: str) -> Callable[[Scored, str, int], Selection]:
