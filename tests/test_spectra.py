@@ -125,6 +125,21 @@ def test_auto_escalates_only_the_samples_that_need_it():
     assert rank <= 1e-2
 
 
+@pytest.mark.parametrize("outputs", [320, 256], ids=["tokens fit", "more tokens than outputs"])
+@pytest.mark.parametrize("heads", [2, 4, 8])
+def test_fast_keeps_its_bound_where_nearly_all_directions_are_noise(outputs, heads):
+    """The v projection of a sample with a single loss token: 300 tokens, one direction for each head, and inputs with a common part."""
+    generator = torch.Generator().manual_seed(heads)
+    attention = torch.softmax(3 * torch.randn(2, 300, heads, 1, generator=generator), 1)
+    delta = (attention * torch.randn(2, 1, heads, outputs // heads, generator=generator)).flatten(2)
+    x = torch.randn(2, 300, 352, generator=generator) + 3 * torch.randn(2, 1, 352, generator=generator)
+    plain = factors(1, 300, 352, outputs)
+    x, delta = torch.cat([x, plain[0]]), torch.cat([delta, plain[1]])  # a batch mate that needs nothing
+    nuclear, rank = errors(spectra.singular_values(x, delta, "fast"), dense(x, delta))
+    assert nuclear <= TOLERANCE["fast"][0]
+    assert rank <= TOLERANCE["fast"][1]
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_padding_invariance(precision):
     x, delta = factors(2, 20, 48, 32)

@@ -11,7 +11,8 @@ layers and solves those of one size together.
 Squaring costs half the digits. What lies below the floor of a route is noise:
 
     fast        products and eigenvalues in float32, in which operands of 16 bits are exact; factors in float64
-                sqrt(eps32) ‖x‖ ‖delta‖, about 3e-4 of that product
+                sqrt(eps32) ‖x‖ ‖delta‖, about 3e-4 of that product; where so many values lie at the noise of the eigen-solver that
+                their sum would show (few directions, many tokens), eigenvalues in float64, which leaves the noise of the products
     high        float64 throughout
                 sqrt(eps64) ‖x‖ ‖delta‖, about 1.5e-8 of it
     reference   float64, nothing squared
@@ -149,8 +150,11 @@ def _gram_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Cor
         norms = torch.linalg.matrix_norm(left).double() * torch.linalg.matrix_norm(right).double()
         size = left.shape[-1]
         cores.append(
-            Core(right, left, True, scale, frobenius, (eps * norms).sqrt() * scale, f"{precision}: {size}x{size} Gram")
-        )
+            Core(
+                right, left, True, scale, frobenius, (eps * norms).sqrt() * scale, _work_dtype(precision),
+                f"{precision}: {size}x{size} Gram",
+            )
+        )  # fmt: skip
     return cores
 
 
@@ -171,7 +175,7 @@ def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list
         cores.append(
             Core(
                 matrix, None, False, scale, torch.linalg.matrix_norm(matrix) * scale,
-                torch.finfo(torch.float64).eps * x_norm * norm * scale, f"{precision}: {size}x{size} triangular factors",
+                torch.finfo(torch.float64).eps * x_norm * norm * scale, torch.float64, f"{precision}: {size}x{size} triangular factors",
             )
         )  # fmt: skip
     return cores
@@ -197,7 +201,7 @@ def _gradient_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list
         cores.append(
             Core(
                 matrix, None, squared, scale, frobenius * scale, (eps**0.5 if squared else eps) * frobenius * scale,
-                f"{precision}: {size}x{size} " + ("Gram of G" if squared else "G"),
+                _work_dtype(precision), f"{precision}: {size}x{size} " + ("Gram of G" if squared else "G"),
             )
         )  # fmt: skip
     return cores

@@ -80,12 +80,12 @@ def outer_square(matrices: Float[Tensor, "N n k"]) -> Float[Tensor, "N n n"]:
         matrices: M, float32 or float64.
 
     Returns:
-        Products, accumulated in float64 and in the dtype of M.
+        Products, float64.
     """
     n = matrices.shape[-2]
     step = n if n < 1024 else 512
     double = matrices.double()
-    out = matrices.new_zeros(len(matrices), n, n)
+    out = double.new_zeros(len(matrices), n, n)
     for start in range(0, n, max(step, 1)):
         out[:, start : start + step, start:] = double[:, start : start + step] @ double[:, start:].mT
     return out
