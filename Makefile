@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BROWSER := .venv/.browser
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all lint evidence-claims
 
 demo: $(STAMP)
 	$(BIN)/selector demo
@@ -20,6 +20,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/codespell
+
+# labelled data in DATA, checkpoints in MODELS; killed and begun again, it goes on with the scoring where it was
+evidence-claims: $(STAMP)
+	$(BIN)/python benchmarks/evidence/claims.py rows --data "$(DATA)" --out runs/claims
+	for model in $(MODELS); do $(BIN)/python benchmarks/evidence/claims.py score --model $$model --out runs/claims || exit; done
+	$(BIN)/python benchmarks/evidence/claims.py table --data "$(DATA)" --out runs/claims
 
 # torch goes first and pinned: this release has a small CPU build, which the other packages then accept
 $(STAMP): pyproject.toml
