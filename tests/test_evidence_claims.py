@@ -25,7 +25,7 @@ import measured  # noqa: E402
 import weighing  # noqa: E402
 
 
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3)), min_size=2, max_size=40))
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 12)), min_size=2, max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_concordance_is_somers_d_and_the_area_under_the_curve(rows):
     scores, levels = np.array(rows, dtype=np.float64).T

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float
 from scipy.stats import norm
-
 
 BLOCKS = 8
 """Blocks of rows that are compared with all rows below them at one time."""
@@ -69,7 +69,7 @@ def concordance(
     # a score that is a level for nearly every row: a few blocks of rows are as good, and far fewer products
     starts = starts if len(starts) <= BLOCKS else np.linspace(0, len(levels), BLOCKS, endpoint=False).astype(int)
     agreeing, comparable = np.zeros((2, len(weights)))
-    for first, last in zip(starts, [*starts[1:], len(levels)], strict=True):
+    for first, last in pairwise([*starts, len(levels)]):
         lower = slice(0, np.searchsorted(levels, levels[last - 1]))
         higher = levels[first:last, None] > levels[lower]
         better, worse = scores[first:last, None], scores[lower]
