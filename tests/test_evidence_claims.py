@@ -161,7 +161,7 @@ def labelled(folder: Path, pool: list[dict], heldout: list[dict]) -> None:
         for row in whole
     ]
     write("car_expert_revised", whole + half)
-    flags = {flag: (lambda i, k=k: i % 3 == k) for k, flag in enumerate(contrasts.ALPACA_FLAGS.values())}
+    flags = {flag: (lambda i, k=k: i % 4 == k) for k, flag in enumerate(contrasts.ALPACA_FLAGS.values())}
     write("alpaca_union_labeled", some(12, 24, "alpaca", unbiased_sample=lambda i: True, **flags))
     write(
         "layer_gradient_cot",
