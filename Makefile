@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BROWSER := .venv/.browser
 
-.PHONY: demo test test-all lint evidence-selection evidence-grpo
+.PHONY: demo test test-all lint evidence-claims evidence-selection evidence-grpo
 
 demo: $(STAMP)
 	$(BIN)/selector demo
@@ -41,6 +41,12 @@ evidence-grpo: $(STAMP)
 	$(EVIDENCE)/grpo.py tune $(SHARED_OUT)
 	$(EVIDENCE)/grpo.py train $(SHARED_OUT)
 	$(EVIDENCE)/grpo.py table
+
+# labelled data in DATA, checkpoints in MODELS; killed and begun again, it goes on with the scoring where it was
+evidence-claims: $(STAMP)
+	$(EVIDENCE)/claims.py rows --data "$(DATA)" --out runs/claims
+	for model in $(MODELS); do $(EVIDENCE)/claims.py score --model $$model --out runs/claims || exit; done
+	$(EVIDENCE)/claims.py table --data "$(DATA)" --out runs/claims
 
 # torch goes first and pinned: this release has a small CPU build, which the other packages then accept
 $(STAMP): pyproject.toml

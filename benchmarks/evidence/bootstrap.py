@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float
 from scipy.stats import norm
+
+BLOCKS = 8
+"""Blocks of rows that are compared with all rows below them at one time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +62,25 @@ def concordance(
         levels: labels.
         weights: what `resamples` returned.
     """
-    scored = np.isfinite(scores)
-    scores, levels, weights = scores[scored], levels[scored], weights[:, scored]
+    order = np.argsort(levels, kind="stable")
+    order = order[np.isfinite(scores[order])]
+    scores, levels, weights = scores[order], levels[order], weights[:, order]
+    starts = np.searchsorted(levels, np.unique(levels)[1:])
+    # a score that is a level for nearly every row: a few blocks of rows are as good, and far fewer products
+    starts = starts if len(starts) <= BLOCKS else np.linspace(0, len(levels), BLOCKS, endpoint=False).astype(int)
     agreeing, comparable = np.zeros((2, len(weights)))
-    for level in np.unique(levels)[1:]:
-        upper, lower = levels == level, levels < level
-        better, worse = scores[upper, None], scores[lower]
-        wins = (better > worse) + 0.5 * (better == worse)
-        agreeing += ((weights[:, upper] @ wins.astype(np.float32)) * weights[:, lower]).sum(1, dtype=np.float64)
-        comparable += weights[:, upper].sum(1, dtype=np.float64) * weights[:, lower].sum(1, dtype=np.float64)
+    for first, last in pairwise([*starts, len(levels)]):
+        lower = slice(0, np.searchsorted(levels, levels[last - 1]))
+        higher = levels[first:last, None] > levels[lower]
+        better, worse = scores[first:last, None], scores[lower]
+        wins = higher * ((better > worse) + 0.5 * (better == worse))
+        agreeing += ((weights[:, first:last] @ wins.astype(np.float32)) * weights[:, lower]).sum(1, dtype=np.float64)
+        if higher.all():
+            comparable += weights[:, first:last].sum(1, dtype=np.float64) * weights[:, lower].sum(1, dtype=np.float64)
+        else:
+            comparable += ((weights[:, first:last] @ higher.astype(np.float32)) * weights[:, lower]).sum(
+                1, dtype=np.float64
+            )
     return _order(agreeing, comparable, len(scores))
 
 

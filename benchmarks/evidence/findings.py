@@ -61,12 +61,17 @@ class View:
         """For tables."""
         return f"{len(self.rows) // 2} pairs" if self.in_pairs else f"{len(self.rows)} rows"
 
-    def order(self, scores: Float[np.ndarray, " M"]) -> Order:
-        """How scores of all measured rows order the view's rows."""
-        own = scores[self.positions]
+    def order(self, scores: Float[np.ndarray, " M"], resample: bool = True) -> Order:
+        """How scores of all measured rows order the view's rows.
+
+        Args:
+            scores: of all measured rows.
+            resample: whether an interval is wanted, which is what takes time.
+        """
+        own, weights = scores[self.positions], self.weights if resample else self.weights[:1]
         if self.in_pairs:
-            return paired(own[0::2], own[1::2], self.weights)
-        return concordance(own, np.array(self.contrast.levels)[self.rows], self.weights)
+            return paired(own[0::2], own[1::2], weights)
+        return concordance(own, np.array(self.contrast.levels)[self.rows], weights)
 
     def part(self, name: str) -> View:
         """The pairs of one part of the contrast."""
@@ -94,8 +99,8 @@ def views(contrast: Contrast, measured: Measured) -> list[View]:
     found = []
     for half in HALVES:
         own = np.flatnonzero([row.is_test == (half == "test") for row in contrast.rows])
-        if len(own) < 2:
-            continue
+        if len(np.unique(np.array(contrast.levels)[own])) < 2:
+            continue  # in small samples a half can lack a class
         found.append(
             View(contrast, half, False, own, positions[own], groups[own[::2]] if in_pairs else groups[own], in_pairs)
         )
@@ -156,7 +161,7 @@ def pool_of(contrast: Contrast, rows_by_source: dict[str, Int[np.ndarray, " M"]]
 
 
 def find(measured: Measured, every: Sequence[Sequence[View]], pools: Sequence[Int[np.ndarray, " M"]]) -> list[Finding]:
-    """Every score under every control on every view.
+    """Every score under every control on every view; intervals on the test halves, of parts of the model raw and under `CONTROL`.
 
     Args:
         measured: scores of one model.
@@ -169,7 +174,9 @@ def find(measured: Measured, every: Sequence[Sequence[View]], pools: Sequence[In
             for control in CONTROLS:
                 values = measured.controlled(name, control, pool)
                 for view in own:
-                    order = view.order(values)
+                    order = view.order(
+                        values, view.half == "test" and ("," not in name or control in ("none", CONTROL))
+                    )
                     key = (view.contrast.name, view.half, view.matched, name, control)
                     found.append(Finding(*key, order.value, *order.interval, order.rows))
     return found

@@ -56,8 +56,9 @@ class Measured:
         return np.array([position[row.id] for row in rows], dtype=np.int64)
 
     def lengths(self) -> Int[np.ndarray, "N 2"]:
-        """Tokens of prompt and completion."""
-        return np.stack([self.raw["prompt_tokens"], self.raw["response_tokens"]], axis=1).astype(np.int64)
+        """Tokens of prompt and completion; 0 where a row has no scores, whose length is not asked for."""
+        lengths = np.stack([self.raw["prompt_tokens"], self.raw["response_tokens"]], axis=1)
+        return np.nan_to_num(lengths).astype(np.int64)
 
     def controlled(self, name: str, control: str, pool: Int[np.ndarray, " M"]) -> Float[np.ndarray, " N"]:
         """A score with length taken out, fitted on a pool without labels; NaN outside the pool.

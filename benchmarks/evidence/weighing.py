@@ -133,7 +133,7 @@ def combine(measured: Measured, halves: Sequence[Halves], title: str, names: Seq
     weights = fit(pairs, ridge)
     orders = [one.test.order(own @ weights) for one, own in zip(halves, features, strict=True)]
     elsewhere = [
-        one.test.order(own @ w).value
+        one.test.order(own @ w, resample=False).value
         for one, own, w in zip(halves, features, unseen(halves, pairs, ridge), strict=True)
     ]
     return {
@@ -145,7 +145,9 @@ def combine(measured: Measured, halves: Sequence[Halves], title: str, names: Seq
 def single(measured: Measured, halves: Sequence[Halves], name: str) -> dict[str, Any]:
     """One controlled score with the sign that does better on the development halves."""
     values = [measured.controlled(name, CONTROL, one.pool) for one in halves]
-    mean = float(np.nanmean([one.development.order(own).value for one, own in zip(halves, values, strict=True)]))
+    mean = float(
+        np.nanmean([one.development.order(own, resample=False).value for one, own in zip(halves, values, strict=True)])
+    )
     sign = 1.0 if mean >= 0.5 else -1.0
     orders = [one.test.order(sign * own) for one, own in zip(halves, values, strict=True)]
     return {"score": name, "orders": orders, "development": max(mean, 1 - mean), "sign": int(sign)}
