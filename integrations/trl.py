@@ -24,20 +24,22 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from selector.errors import ConfigError, IntegrationError, SelectorError, did_you_mean, raise_all
+from selector.integrations._refresh import Refresh, refresh_problems  # pyright: ignore[reportMissingImports]
 from selector.integrations._rollouts import keeps_rollouts, restore_rollouts, save_rollouts  # pyright: ignore[reportMissingImports]
 from selector.integrations._rows import dataset_ids  # pyright: ignore[reportMissingImports]
-from selector.integrations._tap import SAMPLE_COLUMN, Tap, tap_problem  # pyright: ignore[reportMissingImports]
+from selector.integrations._tap import Tap, tap_problem  # pyright: ignore[reportMissingImports]
+from selector.integrations._trainers import SAMPLE_COLUMN, generates  # pyright: ignore[reportMissingImports]
 from selector.sampling.adaptive import AdaptiveSampler
 from selector.sampling.order import Groups
 from selector.sampling.sampler import NO_REPEATS, SelectionSampler
 from selector.sampling.signals import FocusSignal, RewardSignal
-from selector.sampling.spectral import SpectrumSignal
+from selector.sampling.spectral import RefreshSignal, TapSignal
 from selector.sampling.state import load_state, save_state
 from selector.selection import Selection
 
 T = TypeVar("T", bound=Trainer)
 
-OnlineSignal = RewardSignal | FocusSignal | SpectrumSignal
+OnlineSignal = RewardSignal | FocusSignal | TapSignal | RefreshSignal
 
 
 def attach(
@@ -61,8 +63,9 @@ def attach(
             for each sample of the selection, such as its cluster of near-duplicates.
         online: weights that follow the training: `"rewards"` or a `RewardSignal` for trainers that generate, which draws
             prompts that are neither certain nor hopeless; a `FocusSignal` moves through the selection by accuracy;
-            `"tap"` or a `SpectrumSignal` measures spectra in the trainer's own backward pass. Each sample then comes as
-            often as its weight says; otherwise once per epoch.
+            `"tap"` or a `TapSignal` measures spectra in the trainer's own backward pass; `"refresh"` or a `RefreshSignal`
+            scores a part of the selection again every so many steps. Each sample then comes as often as its weight says;
+            otherwise once per epoch.
         coverage: with `online`, the share of each batch for the samples that have waited longest.
         id_column: column of the train data set that holds the sample ids; found by name or by content when None.
         seed: of the order; the trainer's `data_seed`, or its `seed`, when None.
@@ -99,7 +102,7 @@ def attach(
             f"trained on, {sampler.missing[0]} among them; trainers drop rows whose loss tokens were all cut off",
             stacklevel=2,
         )
-    if signal is not None and hasattr(trainer, "_calculate_rewards"):
+    if signal is not None and generates(trainer):
         trainer.train_dataset = dataset.add_column(SAMPLE_COLUMN, list(ids))  # reaches the reward functions' rows
     _Session(trainer, sampler).install(signal)
     return trainer
@@ -113,7 +116,7 @@ class _Session(TrainerCallback):
         self._checkpoint: Path | None = None
         self._reported, self._began, self._seconds = 0, time.perf_counter(), 0.0
         self._known_rewards = False
-        self._tap: Tap | None = None
+        self._measuring: Tap | Refresh | None = None
 
     def install(self, signal: OnlineSignal | None) -> None:
         """Put the sampler in the trainer, and let its signal see what the trainer does."""
@@ -121,9 +124,11 @@ class _Session(TrainerCallback):
         self._train, self._log = trainer.train, trainer.log
         trainer._get_train_sampler = lambda *_, **__: self._sampler
         trainer.train, trainer.log = self._noting_train, self._extended_log
-        if isinstance(signal, SpectrumSignal):
-            self._tap = tap = Tap(trainer, self._sampler, signal)
+        if isinstance(signal, TapSignal):
+            self._measuring = tap = Tap(trainer, self._sampler, signal)
             tap.install()
+        elif isinstance(signal, RefreshSignal):
+            self._measuring = Refresh(trainer, self._sampler, signal)
         elif signal is not None:
             self._position = {sample_id: i for i, sample_id in enumerate(self._sampler.ids.tolist())}
             self._calculate_rewards = trainer._calculate_rewards
@@ -143,8 +148,8 @@ class _Session(TrainerCallback):
         self._steps_in_epoch = len(train_dataloader)
         if self._checkpoint is not None:
             self._resume(self._checkpoint, state)
-        if self._tap is not None:
-            self._tap.begin(self._steps(state), self._steps_in_epoch)
+        if self._measuring is not None:
+            self._measuring.begin(self._steps(state), train_dataloader)
         self._reported, self._began, self._seconds = 0, time.perf_counter(), self._spent()
 
     def _resume(self, checkpoint: Path, state: Any) -> None:
@@ -162,6 +167,10 @@ class _Session(TrainerCallback):
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self._reported = 0
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self._measuring, Refresh):
+            self._measuring.step_ended(state.global_step, self._steps(state))
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
@@ -177,7 +186,7 @@ class _Session(TrainerCallback):
 
     def _spent(self) -> float:
         """Seconds that drawing and measuring took so far."""
-        return self._sampler.seconds + (self._tap.seconds if self._tap else 0.0)
+        return self._sampler.seconds + (self._measuring.seconds if self._measuring else 0.0)
 
     def _observed_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The trainer's rewards, gathered over all ranks, which the sampler sees in training."""
@@ -206,8 +215,8 @@ class _Session(TrainerCallback):
         return self._log(logs, *args, **kwargs)
 
 
-def _named_signal(name: str) -> RewardSignal | SpectrumSignal:
-    signals = {"rewards": RewardSignal, "tap": SpectrumSignal}
+def _named_signal(name: str) -> OnlineSignal:
+    signals: dict[str, type[OnlineSignal]] = {"rewards": RewardSignal, "tap": TapSignal, "refresh": RefreshSignal}
     if name not in signals:
         raise ConfigError(
             "unknown online signal", got=repr(name), allowed=", ".join(map(repr, signals)) + ", or a signal itself",
@@ -237,7 +246,7 @@ def _labels(dataset: Any, ids: Sequence[str], selection: Selection, column: str)
 def _problems(trainer: Any, online: object) -> list[SelectorError]:
     """What in the trainer's settings would lose sample identity, or never reach the sampler."""
     args = trainer.args
-    generates, follows_rewards = hasattr(trainer, "_calculate_rewards"), isinstance(online, RewardSignal | FocusSignal)
+    follows_rewards = isinstance(online, RewardSignal | FocusSignal)
     strategy = getattr(
         args, "train_sampling_strategy", "group_by_length" if getattr(args, "group_by_length", False) else "random"
     )
@@ -268,17 +277,17 @@ def _problems(trainer: Any, online: object) -> list[SelectorError]:
             "ignore_data_skip=False", "drop it: skipping draws no data",
         ),
         (
-            follows_rewards and not generates,
+            follows_rewards and not generates(trainer),
             "the trainer computes no rewards that weights could follow", type(trainer).__name__,
             "GRPOTrainer, RLOOTrainer", "drop online=, or say online='tap'",
         ),
         (
-            online is not None and generates and args.dataloader_num_workers > 0,
+            online is not None and generates(trainer) and args.dataloader_num_workers > 0,
             "workers fetch prompts long before the rewards that should decide about them",
             f"dataloader_num_workers={args.dataloader_num_workers}", "0", None,
         ),
         (
-            online is not None and generates and args.remove_unused_columns,
+            online is not None and generates(trainer) and args.remove_unused_columns,
             "the ids of the prompts would not reach the rewards", "remove_unused_columns=True", "False", None,
         ),
     ]  # fmt: skip
@@ -287,6 +296,8 @@ def _problems(trainer: Any, online: object) -> list[SelectorError]:
         for wrong, problem, got, allowed, fix in checks
         if wrong
     ]
-    if isinstance(online, SpectrumSignal) and (problem := tap_problem(trainer, online)):
+    if isinstance(online, TapSignal) and (problem := tap_problem(trainer, online)):
         problems.append(problem)
+    if isinstance(online, RefreshSignal):
+        problems += refresh_problems(trainer)
     return problems

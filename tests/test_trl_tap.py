@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import trainer_cases as cases
 
-from selector.config import ScoreConfig
 from selector.errors import ConfigError, IntegrationError
 from selector.integrations._tap import affordable
 from selector.integrations.trl import attach
-from selector.sampling import SpectrumSignal
-from selector.scorer import score_dataset
+from selector.sampling import TapSignal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
@@ -23,23 +21,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
 ]
 
-IDS = [f"s{i}" for i in range(3, 27)]
+IDS = cases.TRAINED_IDS
 PROJECTIONS = ("q", "k", "v", "o")
-
-
-def offline(kind: str, measure: str, out: Path) -> np.ndarray:
-    """[24] the mean of a measure over the layers, in the order of sorted ids."""
-    tokenizer = cases.AutoTokenizer.from_pretrained(cases.TINY_MODEL)
-    config = ScoreConfig(id_column="id", projections=PROJECTIONS, loss="dpo" if kind == "dpo" else "response")
-    store = score_dataset(cases.model(tokenizer), tokenizer, cases.dataset(30, kind), out, config)
-    table = store.to_arrow()
-    values = dict(zip(table["sample_id"].to_pylist(), np.array(table[measure].to_pylist()).mean(1), strict=True))
-    return np.array([values[name] for name in sorted(IDS)])
 
 
 def tapped(kind: str, measure: str, out: Path, **options: Any) -> np.ndarray:
     """[24] the same from one epoch of training that leaves the weights as they are."""
-    signal = SpectrumSignal(measure=measure, share=None, projections=PROJECTIONS)
+    signal = TapSignal(measure=measure, share=None, projections=PROJECTIONS)
     trainer = cases.trainer(kind, out, cases.dataset(30, kind), learning_rate=0.0, num_train_epochs=4, **options)
     attach(trainer, cases.selection(IDS), online=signal, coverage=1.0)
     trainer.train()
@@ -61,7 +49,7 @@ def tapped(kind: str, measure: str, out: Path, **options: Any) -> np.ndarray:
 def test_tapped_spectra_are_those_of_the_offline_scorer(
     kind: str, measure: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    expected = offline(kind, measure, tmp_path / "store")
+    expected = cases.offline(kind, measure, tmp_path / "store")
     np.testing.assert_allclose(tapped(kind, measure, tmp_path / "run", **options), expected, rtol=2e-4)
 
 
@@ -73,7 +61,7 @@ def test_a_plain_trainer_is_measured_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cycle", [{}, {"steps_per_generation": 2, "num_iterations": 2}])
 def test_rollouts_are_measured_for_the_prompt_that_they_answer(cycle: dict[str, Any], tmp_path: Path) -> None:
     """Rewards are uniform for all prompts but one, whose rollouts alone have a gradient."""
-    signal = SpectrumSignal(share=None)
+    signal = TapSignal(share=None)
     trainer = cases.trainer("grpo", tmp_path, cases.dataset(30, "grpo"), num_train_epochs=2, num_generations=4, **cycle)
     trainer.reward_funcs = [lambda id, **columns: [float(i % 2) if name == "s7" else 1.0 for i, name in enumerate(id)]]
     attach(trainer, cases.selection(IDS), online=signal, coverage=1.0)
@@ -83,7 +71,7 @@ def test_rollouts_are_measured_for_the_prompt_that_they_answer(cycle: dict[str, 
 
 
 def test_a_share_of_the_step_decides_how_much_is_measured(tmp_path: Path) -> None:
-    signal = SpectrumSignal(share=0.5)
+    signal = TapSignal(share=0.5)
     trainer = cases.trainer("sft", tmp_path, cases.dataset(30, "sft"), num_train_epochs=3)
     attach(trainer, cases.selection(IDS), online=signal)
     trainer.train()
@@ -100,7 +88,7 @@ def test_the_share_buys_layers_and_then_steps() -> None:
 
 
 def test_live_measurements_outweigh_the_scores_they_replace() -> None:
-    signal = SpectrumSignal()
+    signal = TapSignal()
     signal.bind(np.array(["a", "b", "c", "d"]), np.arange(4.0))
     prior = signal.weights()
     tokens = np.array([10, 10, 20, 20])
@@ -113,10 +101,10 @@ def test_live_measurements_outweigh_the_scores_they_replace() -> None:
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     grpo = cases.trainer("grpo", tmp_path, cases.dataset(30, "grpo"))
     with pytest.raises(IntegrationError, match="nuclear_norm under a policy-gradient loss"):
-        attach(grpo, cases.selection(IDS), online=SpectrumSignal(measure="nuclear_norm"))
+        attach(grpo, cases.selection(IDS), online=TapSignal(measure="nuclear_norm"))
     with pytest.raises(IntegrationError, match="not a sum over rows"):
         attach(cases.trainer("kto", tmp_path, cases.dataset(30, "kto")), cases.selection(IDS), online="tap")
     with pytest.raises(ConfigError, match="share is a part"):
-        SpectrumSignal(share=1.5)
+        TapSignal(share=1.5)
     with pytest.raises(ConfigError, match="stride counts layers"):
-        SpectrumSignal(stride=0)
+        TapSignal(stride=0)

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, 
 
 from selector.assets import TINY_MODEL
 from selector.selection import Selection
+
+TRAINED_IDS = [f"s{i}" for i in range(3, 27)]
+"""The selection of most tests: all of 30 rows but the first and last three."""
 
 WORDS = ["river", "stone", "cloud", "forest", "engine", "market", "garden", "winter", "silver", "bridge"]
 
@@ -51,11 +55,16 @@ def selection(ids: list[str], weights: list[float] | None = None) -> Selection:
     )  # fmt: skip
 
 
-def trainer(kind: str, out: Path, data: Dataset, network: Any = None, **options: Any) -> Any:
-    """A stock trainer, by default of a tiny random model: `sft`, `dpo`, `kto`, `grpo`, `rloo` or `plain`."""
+def trainer(kind: str, out: Path, data: Dataset, network: Any = None, *, lora: bool = False, **options: Any) -> Any:
+    """A stock trainer, by default of a tiny random model: `sft`, `dpo`, `kto`, `grpo`, `rloo` or `plain`.
+
+    Args:
+        lora: train an adapter, whose matrices are both in use; a DPO trainer then takes the model without it as reference.
+    """
     import trl
 
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    network = network or (adapted_model(tokenizer) if lora else model(tokenizer))
     settings: dict[str, Any] = {
         "output_dir": str(out), "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_strategy": "no",
         "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "optim": "sgd", "seed": 5,
@@ -64,9 +73,7 @@ def trainer(kind: str, out: Path, data: Dataset, network: Any = None, **options:
     if kind == "plain":
         data = data.map(lambda row: tokenizer(row["prompt"], padding="max_length", max_length=24, truncation=True))
         data = data.map(lambda row: {"labels": row["input_ids"]})
-        return Trainer(
-            model=network or model(tokenizer), train_dataset=data, args=TrainingArguments(**(settings | options))
-        )
+        return Trainer(model=network, train_dataset=data, args=TrainingArguments(**(settings | options)))
     if kind in ("grpo", "rloo"):
         settings |= {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 4, "beta": 0.0}
     if kind == "sft":
@@ -75,21 +82,46 @@ def trainer(kind: str, out: Path, data: Dataset, network: Any = None, **options:
         settings |= {"max_length": 64, "precompute_ref_log_probs": False}
     config = getattr(trl, f"{kind.upper()}Config")(**(settings | options))
     extra: dict[str, Any] = {"reward_funcs": reward} if kind in ("grpo", "rloo") else {}
-    if kind in ("dpo", "kto"):
+    if kind in ("dpo", "kto") and not lora:
         extra = {"ref_model": model(tokenizer)}
     cls = getattr(trl, f"{kind.upper()}Trainer")
-    return cls(model=network or model(tokenizer), train_dataset=data, processing_class=tokenizer, args=config, **extra)
+    return cls(model=network, train_dataset=data, processing_class=tokenizer, args=config, **extra)
 
 
-def model(tokenizer: Any) -> LlamaForCausalLM:
+def model(tokenizer: Any, **settings: Any) -> LlamaForCausalLM:
     """A random model of one layer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
         vocab_size=len(tokenizer), max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **settings,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+def adapted_model(tokenizer: Any, **settings: Any) -> Any:
+    """The same with an adapter on q and v."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model(tokenizer, **settings), LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.2)
+    return adapted
+
+
+def offline(kind: str, measure: str, out: Path, network: Any = None, reference: Any = None) -> np.ndarray:
+    """[24] the mean of a measure over the layers by the offline scorer, in the order of sorted `TRAINED_IDS`."""
+    from selector.config import ScoreConfig
+    from selector.scorer import score_dataset
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    config = ScoreConfig(id_column="id", projections=("q", "k", "v", "o"), loss="dpo" if kind == "dpo" else "response")
+    network = network or model(tokenizer)
+    table = score_dataset(network, tokenizer, dataset(30, kind), out, config, reference=reference).to_arrow()
+    values = dict(zip(table["sample_id"].to_pylist(), np.array(table[measure].to_pylist()).mean(1), strict=True))
+    return np.array([values[name] for name in sorted(TRAINED_IDS)])
 
 
 def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -140,6 +172,16 @@ class SaveAt(TrainerCallback):
         control.should_save = state.global_step == self.step
 
 
+class AtStepEnd(TrainerCallback):
+    """Call a function after every optimizer step."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.function()
+
+
 def resume(
     kind: str,
     out: Path,
@@ -160,7 +202,7 @@ def resume(
         `whole`: the samples of each training step of the first run; `resumed`: of the second one.
     """
     from selector.integrations.trl import attach
-    from selector.sampling import SpectrumSignal
+    from selector.sampling import TapSignal
 
     seen: dict[str, list[list[str]]] = {}
     for run in ("whole", "resumed"):
@@ -169,7 +211,7 @@ def resume(
         if attached:
             chosen = dict(attach_options or {})
             if chosen.get("online") == TAP_EVERYTHING:
-                chosen["online"] = SpectrumSignal(share=None)
+                chosen["online"] = TapSignal(share=None)
             attach(trained, selection([f"s{i}" for i in range(3, n - 3)]), **chosen)
         trained.add_callback(SaveAt(save_at))
         seen[run] = record(trained)

@@ -9,12 +9,14 @@ were never tried count as p = 1/2 and are tried early.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from selector.errors import ConfigError
 from selector.sampling.curricula import gaussian, ranks_of
+from selector.store.schema import fingerprint
 
 
 class RewardSignal:
@@ -107,6 +109,13 @@ class RewardSignal:
             "unsolved_prompts": float(len(self.unsolved())),
         }
 
+    def identity(self) -> dict[str, Any]:
+        """Settings that a resumed run must share."""
+        return {
+            "success": self.success, "richness": self.richness, "angles": _digest(self.angles),
+            "concentration": self.concentration, "forget": self.forget, "hopeless_after": self.hopeless_after,
+        }  # fmt: skip
+
     def state_dict(self) -> dict[str, np.ndarray]:
         """What a checkpoint must hold."""
         return {
@@ -152,10 +161,11 @@ class FocusSignal:
         target: float = 0.5,
         success: float = 0.5,
     ) -> None:
-        self.angles, self.center, self.step, self.target, self.success = angles, center, step, target, success
+        self.angles, self.first_center, self.step, self.target, self.success = angles, center, step, target, success
 
     def bind(self, ids: Shaped[np.ndarray, " K"], scores: Float[np.ndarray, " K"]) -> None:
         """Begin, once, with the samples that can be drawn and their scores."""
+        self.center = self.first_center
         if self.angles is None:
             self._ranks, self._standardized = ranks_of(_complete(scores, "scores")), np.zeros(len(ids))
             return
@@ -180,6 +190,13 @@ class FocusSignal:
         """Figures for the training log."""
         return {"center": self.center}
 
+    def identity(self) -> dict[str, Any]:
+        """Settings that a resumed run must share."""
+        return {
+            "angles": _digest(self.angles), "center": self.first_center, "step": self.step, "target": self.target,
+            "success": self.success,
+        }  # fmt: skip
+
     def state_dict(self) -> dict[str, np.ndarray]:
         """What a checkpoint must hold."""
         return {"center": np.array(self.center)}
@@ -197,3 +214,7 @@ def _complete(values: Float[np.ndarray, " K"], what: str) -> Float[np.ndarray, "
 
 def _angles_of(ids: Shaped[np.ndarray, " K"], angles: Mapping[str, float]) -> Float[np.ndarray, " K"]:
     return _complete(np.array([angles.get(sample_id, np.nan) for sample_id in ids], dtype=float), "angle concentration")
+
+
+def _digest(angles: Mapping[str, float] | None) -> str | None:
+    return None if angles is None else fingerprint(sorted((name, float(value)) for name, value in angles.items()))
