@@ -169,12 +169,15 @@ GRID = cases.grid(1)
 SOME = [
     "sft, epoch 1, middle, 0 workers, static",
     "dpo, epoch 0, middle, 2 workers, static",
-    "grpo, epoch 1, edge, 0 workers, adaptive",
-    "rloo, epoch 1, middle, 0 workers, adaptive",
+    "grpo, epoch 1, edge, 0 workers, adaptive by rewards",
+    "rloo, epoch 1, middle, 0 workers, adaptive by rewards",
     "grpo, inside a generation cycle, static",
-    "grpo, inside a generation cycle, adaptive",
+    "grpo, inside a generation cycle, adaptive by rewards",
     "accumulation, static",
-    "sft, epoch 1, middle, 2 workers, adaptive",
+    "sft, epoch 1, middle, 2 workers, adaptive by tap",
+    "dpo, epoch 1, middle, 0 workers, adaptive by refresh",
+    "sft, epoch 0, edge, 2 workers, adaptive by refresh",
+    "accumulation, adaptive by refresh",
 ]
 """One case for each way in which a resume can go wrong; the rest of the grid is slow."""
 
@@ -198,7 +201,7 @@ def agree_and_resume(names: list[str], out: Path) -> None:
 
 
 def test_two_ranks_agree_and_resume_exactly(tmp_path: Path) -> None:
-    agree_and_resume([SOME[0], SOME[3], SOME[5], SOME[6], SOME[7]], tmp_path)
+    agree_and_resume([SOME[0], SOME[3], *SOME[5:9]], tmp_path)
 
 
 @pytest.mark.slow

@@ -161,6 +161,9 @@ def _key(tokens: list[int]) -> tuple[int, ...]:
 TAP_EVERYTHING = "tap everything"
 """Stands in a case for a signal that measures every step: which steps a share of the time allows is up to the clock."""
 
+REFRESH_OFTEN = "refresh often"
+"""Stands in a case for a signal that scores a third of the pool again every other step."""
+
 
 class SaveAt(TrainerCallback):
     """Save one checkpoint."""
@@ -202,16 +205,20 @@ def resume(
         `whole`: the samples of each training step of the first run; `resumed`: of the second one.
     """
     from selector.integrations.trl import attach
-    from selector.sampling import TapSignal
+    from selector.sampling import RefreshSignal, TapSignal
 
+    signals = {
+        TAP_EVERYTHING: lambda: TapSignal(share=None),
+        REFRESH_OFTEN: lambda: RefreshSignal(every=2, pool_share=1 / 3),
+    }
     seen: dict[str, list[list[str]]] = {}
     for run in ("whole", "resumed"):
         data = dataset(n, kind).select(range(0 if attached else 3, n if attached else n - 3))
         trained = trainer(kind, out, data, **options)
         if attached:
             chosen = dict(attach_options or {})
-            if chosen.get("online") == TAP_EVERYTHING:
-                chosen["online"] = TapSignal(share=None)
+            if chosen.get("online") in signals:
+                chosen["online"] = signals[chosen["online"]]()
             attach(trained, selection([f"s{i}" for i in range(3, n - 3)]), **chosen)
         trained.add_callback(SaveAt(save_at))
         seen[run] = record(trained)
@@ -233,13 +240,16 @@ def grid(world: int) -> dict[str, dict[str, Any]]:
             for workers in (0, 2):
                 cases[f"{kind}, {place}, {workers} workers, static"] = common | {"dataloader_num_workers": workers}
             if kind in ("grpo", "rloo"):
-                cases[f"{kind}, {place}, 0 workers, adaptive"] = common | {"attach_options": {"online": "rewards"}}
+                cases[f"{kind}, {place}, 0 workers, adaptive by rewards"] = common | {
+                    "attach_options": {"online": "rewards"}
+                }
                 continue
             for workers in (0, 2):
-                tapped = {"dataloader_num_workers": workers, "attach_options": {"online": TAP_EVERYTHING}}
-                cases[f"{kind}, {place}, {workers} workers, adaptive"] = common | tapped
+                for name, online in (("tap", TAP_EVERYTHING), ("refresh", REFRESH_OFTEN)):
+                    measured = {"dataloader_num_workers": workers, "attach_options": {"online": online}}
+                    cases[f"{kind}, {place}, {workers} workers, adaptive by {name}"] = common | measured
     inside = {"kind": "grpo", "num_train_epochs": 3, "steps_per_generation": 2, "num_iterations": 2}
-    for name, attach_options in (("static", {}), ("adaptive", {"online": "rewards"})):
+    for name, attach_options in (("static", {}), ("adaptive by rewards", {"online": "rewards"})):
         cases[f"grpo, inside a generation cycle, {name}"] = inside | {"save_at": 3, "attach_options": attach_options}
         accumulating = {
             "kind": "sft" if name == "static" else "grpo",
@@ -247,6 +257,11 @@ def grid(world: int) -> dict[str, dict[str, Any]]:
             "num_train_epochs": 3,
         }
         cases[f"accumulation, {name}"] = accumulating | {"save_at": steps // 2 + 1, "attach_options": attach_options}
+    for name, online in (("tap", TAP_EVERYTHING), ("refresh", REFRESH_OFTEN)):
+        cases[f"accumulation, adaptive by {name}"] = {
+            "kind": "sft", "gradient_accumulation_steps": 2, "num_train_epochs": 3, "save_at": steps // 2 + 1,
+            "attach_options": {"online": online},
+        }  # fmt: skip
     return cases
 
 
