@@ -91,12 +91,12 @@ def trainer(kind: str, out: Path, data: Dataset, network: Any = None, *, lora: b
 def model(tokenizer: Any, **settings: Any) -> LlamaForCausalLM:
     """A random model of one layer."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=len(tokenizer), max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **settings,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    shape: dict[str, Any] = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "vocab_size": len(tokenizer), "max_position_embeddings": 256, "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**(shape | settings)))
 
 
 def adapted_model(tokenizer: Any, **settings: Any) -> Any:
@@ -271,8 +271,43 @@ def same_tail(seen: dict[str, list[list[str]]]) -> bool:
     return 0 < len(resumed) < len(whole) and whole[-len(resumed) :] == resumed
 
 
-def run_on_two_ranks(cases: dict[str, dict[str, Any]], out: Path) -> list[dict[str, dict[str, list[list[str]]]]]:
-    """What each of two processes saw in each case."""
+def measured(
+    kind: str, out: Path, *, online: str, settings: Any, sharded: bool = False, lora: bool = False, **options: Any
+) -> dict[str, list[float]]:
+    """Train with a signal that measures, and return its values and the losses of the steps.
+
+    Args:
+        online: name of the signal's class.
+        settings: of the signal.
+        sharded: part the weights among the processes by FSDP2, which Accelerate itself does on GPUs alone.
+    """
+    from selector import sampling
+    from selector.integrations.trl import attach
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    network = (adapted_model if lora else model)(tokenizer, num_hidden_layers=2)
+    if sharded:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+        for layer in [module for module in network.modules() if type(module).__name__ == "LlamaDecoderLayer"]:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+    trained = trainer(kind, out, dataset(30, kind), network, logging_strategy="steps", logging_steps=1, **options)
+    if sharded:
+        trained.accelerator.prepare_model = lambda network, *_, **__: network  # instead of DDP
+    signal = getattr(sampling, online)(**settings)
+    attach(trained, selection(TRAINED_IDS), online=signal, coverage=1.0)
+    trained.train()
+    return {
+        "values": signal.values.tolist(),
+        "losses": [entry["loss"] for entry in trained.state.log_history if "loss" in entry],
+    }
+
+
+def run_on_two_ranks(cases: dict[str, dict[str, Any]], out: Path) -> list[dict[str, dict[str, Any]]]:
+    """What each of two processes gives in each case: `measured` where it names a signal's class, else `resume`."""
     (out / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -281,13 +316,16 @@ def run_on_two_ranks(cases: dict[str, dict[str, Any]], out: Path) -> list[dict[s
         [*command, str(out / "cases.json"), str(out)], env=environment, capture_output=True, text=True, timeout=600
     )
     if done.returncode != 0:
-        raise RuntimeError(done.stderr[-4000:])
+        raise RuntimeError(done.stderr[:4000] + done.stderr[-2000:])
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    results = {name: resume(out=out / str(i), **case) for i, (name, case) in enumerate(cases.items())}
+    results = {
+        name: (measured if "online" in case else resume)(out=out / str(i), **case)
+        for i, (name, case) in enumerate(cases.items())
+    }
     (out / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 
