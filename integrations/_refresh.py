@@ -24,6 +24,7 @@ from selector.data.samples import Sample, TokenSequence
 from selector.errors import IntegrationError, SelectorError
 from selector.gradients.losses import LossSettings, reference_log_probs
 from selector.gradients.targets import find_targets
+from selector.integrations._compat import pair_inputs  # pyright: ignore[reportMissingImports]
 from selector.integrations._trainers import generates, is_kind, other_loss  # pyright: ignore[reportMissingImports]
 from selector.sampling.sampler import SelectionSampler
 from selector.sampling.spectral import RefreshSignal, evenly_spaced
@@ -151,6 +152,8 @@ class Refresh:
     def _sample(self, position: int) -> Sample:
         """A sample in the tokens that the trainer trains on; its `row` is its position in the sampler's `ids`."""
         inputs = self._collate_fn([self._rows[int(self.sampler.rows[position])]])
+        if self._pairs:
+            inputs = pair_inputs(self.trainer, inputs)
         input_ids, loss = inputs["input_ids"], inputs.get("completion_mask" if self._pairs else "labels")
         unread = sorted(set(inputs) - READ)
         if unread or loss is None or loss.shape != input_ids.shape:

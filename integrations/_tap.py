@@ -14,18 +14,20 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from selector.errors import IntegrationError
 from selector.gradients.capture import GradientCapture, LayerFactors
 from selector.gradients.targets import find_targets
 from selector.gradients.tokens import Segment
+from selector.integrations._compat import pair_inputs  # pyright: ignore[reportMissingImports]
 from selector.integrations._trainers import SAMPLE_COLUMN, generates, is_kind, other_loss  # pyright: ignore[reportMissingImports]
 from selector.sampling.sampler import SelectionSampler
 from selector.sampling.spectral import TapSignal, evenly_spaced
@@ -148,7 +150,7 @@ class Tap:
 
     def _tapped_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self._cores: list[Core] = []
-        with self._capture:
+        with self._capture, self._gradients_reach_the_first_layer():
             self._tapping = True
             loss = self._training_step(*args, **kwargs)
             began = time.perf_counter()
@@ -157,6 +159,19 @@ class Tap:
         self._found = self._measured()
         self.seconds += time.perf_counter() - began
         return loss
+
+    @contextmanager
+    def _gradients_reach_the_first_layer(self) -> Iterator[None]:
+        """Beside adapters the embeddings require no gradient, and then no layer before the first adapter would have one."""
+
+        def require(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+            return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+        handle = self._model.get_input_embeddings().register_forward_hook(require)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _take(self, factors: LayerFactors) -> None:
         began = time.perf_counter()
@@ -185,6 +200,7 @@ class Tap:
         start = ((self.step - 1) % self._steps_in_epoch * accelerator.num_processes + accelerator.process_index) * batch
         rows = self.sampler.drawn()[start : start + batch].tolist()  # shorter where an epoch's last batch is filled up
         if self._pairs:
+            inputs = pair_inputs(self.trainer, inputs)
             count, length = inputs["input_ids"].shape
             half = count // 2
             sides = [(i % half, i * length, (i + 1) * length) for i in range(count)]
@@ -236,6 +252,7 @@ def tap_problem(trainer: Any, signal: TapSignal) -> IntegrationError | None:
         other = ["a policy-gradient loss"]
     reasons = {
         "a trainer whose loss is not a sum over rows of the data set": is_kind(trainer, "KTOTrainer"),
+        "pairs without padding": is_kind(trainer, "DPOTrainer") and getattr(trainer, "padding_free", False),
         "split_batches=True": trainer.accelerator.split_batches,
         **{f"{signal.measure} under {setting}": True for setting in other},
     }

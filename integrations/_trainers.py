@@ -37,7 +37,7 @@ def other_loss(trainer: Any) -> list[str]:
     if is_kind(trainer, "DPOTrainer"):
         plain |= {
             "label_smoothing": 0, "f_divergence_type": "reverse_kl", "use_weighting": False, "ld_alpha": None,
-            "reference_free": False, "rpo_alpha": None,
+            "reference_free": False, "rpo_alpha": None, "ref_adapter_name": None,
         }  # fmt: skip
     reasons = [f"{name}={value(name, usual)!r}" for name, usual in plain.items() if value(name, usual) != usual]
     if value("loss_type", None) not in PLAIN_LOSSES:

@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
+    pytest.mark.filterwarnings("ignore:This trainer will soon be moved:UserWarning"),
 ]
 
 IDS = [f"s{i}" for i in range(3, 23, 2)]

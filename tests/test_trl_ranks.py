@@ -6,23 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import trainer_cases as cases
 
 TAP = {
     "online": "TapSignal",
     "settings": {"share": None, "measure": "nuclear_norm"},
     "learning_rate": 0.0,
-    "num_train_epochs": 4,
+    "num_train_epochs": 1,
 }
 REFRESH = {
     "online": "RefreshSignal",
     "settings": {"every": 2, "pool_share": 0.8, "measure": "nuclear_norm"},
     "learning_rate": 0.0,
+    "max_steps": 6,
 }
 MEASURED: dict[str, dict[str, Any]] = {
     "sft, tap": {"kind": "sft", **TAP, "gradient_accumulation_steps": 2},
-    "sft, refresh": {"kind": "sft", **REFRESH, "gradient_accumulation_steps": 2, "num_train_epochs": 2},
+    "sft, refresh": {"kind": "sft", **REFRESH, "gradient_accumulation_steps": 2},
     "dpo, refresh": {"kind": "dpo", **REFRESH},
     "sft, sharded, tap": {"kind": "sft", **TAP, "sharded": True, "gradient_checkpointing": True},
     "sft, sharded, refresh": {"kind": "sft", **REFRESH, "sharded": True, "gradient_checkpointing": True},
@@ -34,7 +34,7 @@ MEASURED: dict[str, dict[str, Any]] = {
 def untouched(every: int, sharded: bool) -> dict[str, Any]:
     """A run whose refreshes have no effect on what is drawn."""
     settings = {"every": every, "pool_share": 0.3, "richness": 0.0}
-    return {"kind": "sft", "online": "RefreshSignal", "settings": settings, "sharded": sharded, "max_steps": 5}
+    return {"kind": "sft", "online": "RefreshSignal", "settings": settings, "sharded": sharded, "max_steps": 4}
 
 
 def test_two_ranks_measure_what_one_does_and_agree(tmp_path: Path) -> None:
@@ -49,6 +49,7 @@ def test_two_ranks_measure_what_one_does_and_agree(tmp_path: Path) -> None:
     }
     for name, case in MEASURED.items():
         assert one[name] == other[name] | {"losses": one[name]["losses"]}, name
+        assert one[name]["sharded"] == case.get("sharded", False), name
         if case["kind"] != "plain":
             np.testing.assert_allclose(one[name]["values"], expected[case["kind"]], rtol=2e-4, err_msg=name)
     tapped, refreshed = (one[f"plain, sharded, lora, {way}"]["values"] for way in ("tap", "refresh"))

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
+    pytest.mark.filterwarnings("ignore:This trainer will soon be moved:UserWarning"),
 ]
 
 IDS = cases.TRAINED_IDS
@@ -49,7 +50,9 @@ def test_refreshed_scores_are_those_of_the_offline_scorer_at_the_same_weights(
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     trainer.train()
     assert not all(map(torch.equal, before, trainer.model.parameters()))
-    first = cases.adapted_model if options.get("lora") else cases.model
+    # TRL 0.24 takes a model of peft without its adapter for the reference, later ones a copy of the adapter
+    copied = "ref" in getattr(trainer.model, "peft_config", {})
+    first = cases.adapted_model if copied else cases.model
     reference = first(trainer.processing_class) if kind == "dpo" else None
     expected = cases.offline(kind, "nuclear_norm", tmp_path / "store", trainer.model, reference)
     np.testing.assert_allclose(signal.values, expected, rtol=1e-4)

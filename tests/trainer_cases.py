@@ -63,6 +63,9 @@ def trainer(kind: str, out: Path, data: Dataset, network: Any = None, *, lora: b
     """
     import trl
 
+    os.environ.pop(
+        "ACCELERATE_MIXED_PRECISION", None
+    )  # transformers 4 leaves there what the trainer before this one had
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     network = network or (adapted_model(tokenizer) if lora else model(tokenizer))
     settings: dict[str, Any] = {
@@ -72,7 +75,7 @@ def trainer(kind: str, out: Path, data: Dataset, network: Any = None, *, lora: b
     }  # fmt: skip
     if kind == "plain":
         data = data.map(lambda row: tokenizer(row["prompt"], padding="max_length", max_length=24, truncation=True))
-        data = data.map(lambda row: {"labels": row["input_ids"]})
+        data = data.map(lambda row: {"labels": [t if t != tokenizer.pad_token_id else -100 for t in row["input_ids"]]})
         return Trainer(model=network, train_dataset=data, args=TrainingArguments(**(settings | options)))
     if kind in ("grpo", "rloo"):
         settings |= {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 4, "beta": 0.0}
@@ -139,6 +142,10 @@ def record(trainer: Any) -> list[list[str]]:
         by_tokens = {_key(row["input_ids"]): row["id"] for row in dataset}
     elif "chosen_ids" in dataset.column_names:
         by_tokens = {_key(row["prompt_ids"] + row["chosen_ids"]): row["id"] for row in dataset}
+    elif "chosen_input_ids" in dataset.column_names:  # TRL 0.24, as the next
+        by_tokens = {_key(row["prompt_input_ids"] + row["chosen_input_ids"]): row["id"] for row in dataset}
+    elif "completion_input_ids" in dataset.column_names:
+        by_tokens = {_key(row["completion_input_ids"]): row["id"] for row in dataset}
     elif "completion_ids" in dataset.column_names:
         by_tokens = {_key(row["prompt_ids"] + row["completion_ids"]): row["id"] for row in dataset}
 
@@ -146,7 +153,9 @@ def record(trainer: Any) -> list[list[str]]:
         if isinstance(inputs, list):
             seen.append([str(row["id"]) for row in inputs])
         else:
-            seen.append([by_tokens[_key(row)] for row in inputs["input_ids"].tolist() if _key(row) in by_tokens])
+            joined = [inputs[name] for name in ("prompt_input_ids", "chosen_input_ids") if "chosen_input_ids" in inputs]
+            tokens = torch.cat(joined, 1) if joined else inputs.get("input_ids", inputs.get("completion_input_ids"))
+            seen.append([by_tokens[_key(row)] for row in tokens.tolist() if _key(row) in by_tokens])
         return step(model, inputs, *args, **kwargs)
 
     trainer.training_step = noting_step
@@ -273,8 +282,8 @@ def same_tail(seen: dict[str, list[list[str]]]) -> bool:
 
 def measured(
     kind: str, out: Path, *, online: str, settings: Any, sharded: bool = False, lora: bool = False, **options: Any
-) -> dict[str, list[float]]:
-    """Train with a signal that measures, and return its values and the losses of the steps.
+) -> dict[str, Any]:
+    """Train with a signal that measures, and return its values, the losses of the steps and whether the weights were parted.
 
     Args:
         online: name of the signal's class.
@@ -283,6 +292,7 @@ def measured(
     """
     from selector import sampling
     from selector.integrations.trl import attach
+    from selector.scorer.sharding import is_sharded
 
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     network = (adapted_model if lora else model)(tokenizer, num_hidden_layers=2)
@@ -303,6 +313,7 @@ def measured(
     return {
         "values": signal.values.tolist(),
         "losses": [entry["loss"] for entry in trained.state.log_history if "loss" in entry],
+        "sharded": is_sharded(trained.model),
     }
 
 
