@@ -1,9 +1,9 @@
 """Train on a selection with any trainer of TRL or transformers: `attach(trainer, selection)` before `trainer.train()`.
 
 The trainer keeps its class and its data set; its train sampler is replaced, and how often each sample is repeated is read
-from the sampler that it would have built, so that GRPO groups stay whole. A callback installs the sampler once more when
-training begins: after a resume in the middle of an epoch Accelerate reaches the sampler of a multi-process run only where
-`set_sampler` has put it, and the host would otherwise replay epoch 0. The state of the sampler lies in each checkpoint.
+from the sampler that it would have built, so that GRPO groups stay whole. Which epoch the sampler draws is told by a callback
+from the trainer's count of steps: after a resume in the middle of an epoch, Accelerate's loaders tell a sampler nothing (in
+several processes) or epoch 0 (before 1.15). The state of the sampler lies in each checkpoint.
 
 Samples are matched by id, never by position, because trainers drop and shuffle rows while they prepare them.
 """
@@ -123,6 +123,8 @@ class _Session(TrainerCallback):
         trainer = self._trainer
         self._train, self._log = trainer.train, trainer.log
         trainer._get_train_sampler = lambda *_, **__: self._sampler
+        self._set_epoch = self._sampler.set_epoch
+        self._sampler.set_epoch = lambda epoch: None  # what the host says is not always right; see on_epoch_begin
         trainer.train, trainer.log = self._noting_train, self._extended_log
         if isinstance(signal, TapSignal):
             self._measuring = tap = Tap(trainer, self._sampler, signal)
@@ -142,7 +144,6 @@ class _Session(TrainerCallback):
         return self._train(resume_from_checkpoint, *args, **kwargs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **kwargs: Any) -> None:
-        train_dataloader.set_sampler(self._sampler)
         groups = self._sampler.groups
         self._draws_per_step = train_dataloader.total_batch_size / (groups.mini_repeat_count * groups.repeat_count)
         self._steps_in_epoch = len(train_dataloader)
@@ -164,7 +165,8 @@ class _Session(TrainerCallback):
             cycle = self._sampler.groups.repeat_count
             self._known_rewards = restore_rollouts(self._trainer, checkpoint, cycle, self._steps(state))
 
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._set_epoch(self._steps(state) // self._steps_in_epoch)
         self._reported = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -15,7 +15,6 @@ from selector.sampling import (
     CURRICULA,
     AdaptiveSampler,
     FocusSignal,
-    Groups,
     RewardSignal,
     SelectionSampler,
     load_state,
@@ -49,27 +48,6 @@ def test_every_epoch_draws_each_sample_once(
     drawn = epoch(sampler, number)
     assert sorted(drawn) == list(range(0, 2 * n, 2))
     assert len(drawn) == len(sampler)
-
-
-@given(
-    n=st.integers(1, 60), m=st.integers(1, 4), b=st.integers(1, 6), r=st.integers(1, 3),
-    adaptive=st.booleans(), data=st.data(),
-)  # fmt: skip
-def test_groups_stay_whole_and_ranks_agree(n: int, m: int, b: int, r: int, adaptive: bool, data: st.DataObject) -> None:
-    def make() -> SelectionSampler:
-        options = {"groups": Groups(m, b, r), "batch_size": b, "seed": 1}
-        return (
-            AdaptiveSampler(selection(n), RewardSignal(), **options)
-            if adaptive
-            else SelectionSampler(selection(n), **options)
-        )
-
-    one, other = (np.array(list(make())) for _ in range(2))
-    assert one.tolist() == other.tolist()
-    assert len(one) == len(make()) == n // b * b * m * r
-    chunks = one.reshape(-1, r, b, m)
-    assert (chunks == chunks[:, :1, :, :1]).all()
-    assert all(len(set(chunk[0, :, 0].tolist())) == b for chunk in chunks)
 
 
 def test_setting_the_same_epoch_again_changes_nothing() -> None:

@@ -50,11 +50,7 @@ def test_refreshed_scores_are_those_of_the_offline_scorer_at_the_same_weights(
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     trainer.train()
     assert not all(map(torch.equal, before, trainer.model.parameters()))
-    # TRL 0.24 takes a model of peft without its adapter for the reference, later ones a copy of the adapter
-    copied = "ref" in getattr(trainer.model, "peft_config", {})
-    first = cases.adapted_model if copied else cases.model
-    reference = first(trainer.processing_class) if kind == "dpo" else None
-    expected = cases.offline(kind, "nuclear_norm", tmp_path / "store", trainer.model, reference)
+    expected = cases.offline(kind, "nuclear_norm", tmp_path / "store", trainer.model, cases.reference(trainer))
     np.testing.assert_allclose(signal.values, expected, rtol=1e-4)
 
 
@@ -175,7 +171,7 @@ def test_what_cannot_be_scored_again_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IntegrationError, match="not a sum over rows"):
         attach(cases.trainer("kto", tmp_path, cases.dataset(30, "kto")), cases.selection(IDS), online="refresh")
     other = cases.trainer("dpo", tmp_path, cases.dataset(30, "dpo"), loss_type="ipo", label_smoothing_factor=0.1)
-    with pytest.raises(IntegrationError, match=r"(?s)label_smoothing_factor=0.1; loss_type=\['ipo'\]"):
+    with pytest.raises(IntegrationError, match=r"(?s)label_smoothing_factor=0.1; loss_type=\[?'ipo'"):
         attach(other, cases.selection(IDS), online="refresh")
     with pytest.raises(ConfigError, match=r"(?s)every counts optimizer steps.*pool_share is a part.*other measures"):
         RefreshSignal(every=0, pool_share=0.0, measure="stable_rank")

@@ -114,15 +114,28 @@ def adapted_model(tokenizer: Any, **settings: Any) -> Any:
     return adapted
 
 
-def offline(kind: str, measure: str, out: Path, network: Any = None, reference: Any = None) -> np.ndarray:
-    """[24] the mean of a measure over the layers by the offline scorer, in the order of sorted `TRAINED_IDS`."""
+def reference(trainer: Any) -> Any:
+    """What a DPO trainer begins with as its reference; None for other trainers."""
+    if type(trainer).__name__ != "DPOTrainer":
+        return None
+    # TRL 0.24 takes a model of peft without its adapter, later ones a copy of the adapter
+    copied = "ref" in getattr(trainer.model, "peft_config", {})
+    return (adapted_model if copied else model)(trainer.processing_class)
+
+
+def offline(kind: str, measure: str, out: Path, network: Any = None, compared: Any = None) -> np.ndarray:
+    """[24] the mean of a measure over the layers by the offline scorer, in the order of sorted `TRAINED_IDS`.
+
+    Args:
+        compared: the reference of the DPO loss.
+    """
     from selector.config import ScoreConfig
     from selector.scorer import score_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     config = ScoreConfig(id_column="id", projections=("q", "k", "v", "o"), loss="dpo" if kind == "dpo" else "response")
     network = network or model(tokenizer)
-    table = score_dataset(network, tokenizer, dataset(30, kind), out, config, reference=reference).to_arrow()
+    table = score_dataset(network, tokenizer, dataset(30, kind), out, config, reference=compared).to_arrow()
     values = dict(zip(table["sample_id"].to_pylist(), np.array(table[measure].to_pylist()).mean(1), strict=True))
     return np.array([values[name] for name in sorted(TRAINED_IDS)])
 
