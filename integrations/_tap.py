@@ -96,7 +96,9 @@ class Tap:
         found = gather_object(self._found)
         if found:
             positions, values, tokens = (np.array(column) for column in zip(*found, strict=True))
-            self.signal.observe(positions, values.astype(float), tokens, step)
+            # one pass over the rollouts of a generation, which may split a prompt's among its steps, is one visit
+            visit = step // self.trainer.args.steps_per_generation if self._generates else None
+            self.signal.observe(positions, values.astype(float), tokens, step, visit)
         self.seconds += time.perf_counter() - began
         return loss
 

@@ -60,9 +60,11 @@ def attach(
         selection: the samples to train on.
         curriculum: which samples come first, a name in `selector.sampling.CURRICULA`; shuffled by weight when None.
         strata: every batch gets its share of each stratum: a column of the train data set, such as its source, or a label
-            for each sample of the selection, such as its cluster of near-duplicates.
+            for each sample of the selection, such as its cluster of near-duplicates. The shares of a column `source` are
+            reported in any case.
         online: weights that follow the training: `"rewards"` or a `RewardSignal` for trainers that generate, which draws
-            prompts that are neither certain nor hopeless; a `FocusSignal` moves through the selection by accuracy;
+            prompts that are neither certain nor hopeless, and may mix in spectra of their policy gradients; a
+            `FocusSignal` moves through the selection by accuracy;
             `"tap"` or a `TapSignal` measures spectra in the trainer's own backward pass; `"refresh"` or a `RefreshSignal`
             scores a part of the selection again every so many steps. Each sample then comes as often as its weight says;
             otherwise once per epoch.
@@ -91,6 +93,8 @@ def attach(
         "batch_size": batch if groups == NO_REPEATS else groups.batch_size,
         "groups": groups,
     }
+    if "source" in dataset.column_names:
+        options["sources"] = _labels(dataset, ids, selection, "source")
     if signal is None:
         labels = _labels(dataset, ids, selection, strata) if isinstance(strata, str) else strata
         sampler = SelectionSampler(selection, curriculum=curriculum, strata=labels, **options)
@@ -116,7 +120,8 @@ class _Session(TrainerCallback):
         self._checkpoint: Path | None = None
         self._reported, self._began, self._seconds = 0, time.perf_counter(), 0.0
         self._known_rewards = False
-        self._measuring: Tap | Refresh | None = None
+        self._tap: Tap | None = None
+        self._refresh: Refresh | None = None
 
     def install(self, signal: OnlineSignal | None) -> None:
         """Put the sampler in the trainer, and let its signal see what the trainer does."""
@@ -126,12 +131,12 @@ class _Session(TrainerCallback):
         self._set_epoch = self._sampler.set_epoch
         self._sampler.set_epoch = lambda epoch: None  # what the host says is not always right; see on_epoch_begin
         trainer.train, trainer.log = self._noting_train, self._extended_log
-        if isinstance(signal, TapSignal):
-            self._measuring = tap = Tap(trainer, self._sampler, signal)
+        if (tapped := _tapped(signal)) is not None:
+            self._tap = tap = Tap(trainer, self._sampler, tapped)
             tap.install()
-        elif isinstance(signal, RefreshSignal):
-            self._measuring = Refresh(trainer, self._sampler, signal)
-        elif signal is not None:
+        if isinstance(signal, RefreshSignal):
+            self._refresh = Refresh(trainer, self._sampler, signal)
+        if isinstance(signal, RewardSignal | FocusSignal):
             self._position = {sample_id: i for i, sample_id in enumerate(self._sampler.ids.tolist())}
             self._calculate_rewards = trainer._calculate_rewards
             trainer._calculate_rewards, self._observe = self._observed_rewards, signal.observe
@@ -149,8 +154,8 @@ class _Session(TrainerCallback):
         self._steps_in_epoch = len(train_dataloader)
         if self._checkpoint is not None:
             self._resume(self._checkpoint, state)
-        if self._measuring is not None:
-            self._measuring.begin(self._steps(state), train_dataloader)
+        for measuring in filter(None, (self._tap, self._refresh)):
+            measuring.begin(self._steps(state), train_dataloader)
         self._reported, self._began, self._seconds = 0, time.perf_counter(), self._spent()
 
     def _resume(self, checkpoint: Path, state: Any) -> None:
@@ -170,8 +175,8 @@ class _Session(TrainerCallback):
         self._reported = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if isinstance(self._measuring, Refresh):
-            self._measuring.step_ended(state.global_step, self._steps(state))
+        if self._refresh is not None:
+            self._refresh.step_ended(state.global_step, self._steps(state))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -188,7 +193,7 @@ class _Session(TrainerCallback):
 
     def _spent(self) -> float:
         """Seconds that drawing and measuring took so far."""
-        return self._sampler.seconds + (self._measuring.seconds if self._measuring else 0.0)
+        return self._sampler.seconds + sum(part.seconds for part in (self._tap, self._refresh) if part is not None)
 
     def _observed_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The trainer's rewards, gathered over all ranks, which the sampler sees in training."""
@@ -225,6 +230,11 @@ def _named_signal(name: str) -> OnlineSignal:
             fix=did_you_mean(name, signals) or None,
         )  # fmt: skip
     return signals[name]()
+
+
+def _tapped(signal: object) -> TapSignal | None:
+    """What of a signal follows the trainer's own backward pass."""
+    return signal.spectra if isinstance(signal, RewardSignal) else signal if isinstance(signal, TapSignal) else None
 
 
 def _groups(stock: Any) -> Groups:
@@ -298,7 +308,7 @@ def _problems(trainer: Any, online: object) -> list[SelectorError]:
         for wrong, problem, got, allowed, fix in checks
         if wrong
     ]
-    if isinstance(online, TapSignal) and (problem := tap_problem(trainer, online)):
+    if (tapped := _tapped(online)) is not None and (problem := tap_problem(trainer, tapped)):
         problems.append(problem)
     if isinstance(online, RefreshSignal):
         problems += refresh_problems(trainer)

@@ -187,9 +187,8 @@ def test_batches_that_hold_more_than_text_are_refused_when_training_begins(tmp_p
 
 def test_a_refreshed_run_reports_in_the_trainer_s_own_log(tmp_path: Path) -> None:
     signal = RefreshSignal(every=2, pool_share=0.25)
-    trainer = cases.trainer(
-        "sft", tmp_path, cases.dataset(30, "sft"), max_steps=4, logging_strategy="steps", logging_steps=1
-    )
+    data = cases.dataset(30, "sft").add_column("source", ["web", "book"] * 15)
+    trainer = cases.trainer("sft", tmp_path, data, max_steps=4, logging_strategy="steps", logging_steps=1)
     attach(trainer, cases.selection(IDS), online=signal)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -198,6 +197,7 @@ def test_a_refreshed_run_reports_in_the_trainer_s_own_log(tmp_path: Path) -> Non
     assert logged[-1]["selector/live_effective_rank"] > 1
     assert all(0 <= entry["selector/overhead"] < 1 for entry in logged)
     assert logged[1]["selector/overhead"] > logged[0]["selector/overhead"]
+    assert all(entry["selector/share/web"] + entry["selector/share/book"] == 1 for entry in logged)
     for name in ("coverage", "effective_samples", "mean_score"):
         assert all(np.isfinite(entry[f"selector/{name}"]) for entry in logged)
     assert sorted(set(signal.measured_at.tolist())) == [-1, 2, 4]

@@ -12,7 +12,7 @@ import trainer_cases as cases
 from selector.errors import ConfigError, IntegrationError
 from selector.integrations._tap import affordable
 from selector.integrations.trl import attach
-from selector.sampling import TapSignal
+from selector.sampling import RewardSignal, TapSignal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
@@ -84,6 +84,46 @@ def test_rollouts_are_measured_for_the_prompt_that_they_answer(cycle: dict[str, 
     trainer.train()
     measured = [name for name, value in zip(sorted(IDS), signal.values, strict=True) if np.isfinite(value)]
     assert measured == ["s7"]
+
+
+def test_a_group_that_is_split_over_steps_and_ranks_counts_once(tmp_path: Path) -> None:
+    """Four rollouts of a prompt, two per step: its value is the mean over all four, whichever step they came in."""
+    found: list[tuple[list[int], list[float]]] = []
+    signal = TapSignal(share=None)
+    observe = signal.observe
+
+    def noting(positions: Any, values: Any, *rest: Any) -> None:
+        found.append((positions.tolist(), values.tolist()))
+        observe(positions, values, *rest)
+
+    signal.observe = noting  # pyright: ignore[reportAttributeAccessIssue]
+    options = {"per_device_train_batch_size": 2, "num_generations": 4, "gradient_accumulation_steps": 4, "max_steps": 1}
+    trainer = cases.trainer("grpo", tmp_path, cases.dataset(30, "grpo"), **options)
+    trainer.reward_funcs = [lambda completion_ids, **columns: [float(i) for i in range(len(completion_ids))]]
+    attach(trainer, cases.selection(IDS), online=RewardSignal(spectra=signal))
+    trainer.train()
+    assert len(found) == 4
+    everything = np.array([pair for positions, values in found for pair in zip(positions, values, strict=True)])
+    drawn, counts = np.unique(everything[:, 0], return_counts=True)
+    assert counts.tolist() == [4, 4]
+    for position in drawn.astype(int).tolist():
+        expected = everything[everything[:, 0] == position, 1].mean()
+        assert signal.values[position] == pytest.approx(expected)
+
+
+def test_a_tapped_run_reports_in_the_trainer_s_own_log(tmp_path: Path) -> None:
+    data = cases.dataset(30, "sft").add_column("source", ["web", "book"] * 15)
+    trainer = cases.trainer("sft", tmp_path, data, max_steps=4, logging_strategy="steps", logging_steps=1)
+    attach(trainer, cases.selection(IDS), online=TapSignal(share=None))
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    measured = [entry["selector/measured"] for entry in logged]
+    assert 0 < measured[0] <= 1 / 12
+    assert measured == sorted(measured)
+    assert all(0 < entry["selector/overhead"] < 1 for entry in logged)
+    assert all(entry["selector/share/web"] + entry["selector/share/book"] == 1 for entry in logged)
+    for name in ("coverage", "effective_samples", "mean_score", "live_effective_rank"):
+        assert all(np.isfinite(entry[f"selector/{name}"]) for entry in logged)
 
 
 def test_a_share_of_the_step_decides_how_much_is_measured(tmp_path: Path) -> None:

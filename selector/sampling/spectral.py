@@ -57,7 +57,8 @@ class SpectrumSignal:
         """Begin, once, with the samples that can be drawn and their scores."""
         self._prior = np.full(len(ids), 0.5) if np.isnan(scores).any() else ranks_of(scores)
         self.values = np.full(len(ids), np.nan)
-        self._tokens = np.ones(len(ids), dtype=np.int64)
+        self._tokens = np.ones(len(ids))
+        self._count, self._visit = np.zeros(len(ids), dtype=np.int64), np.full(len(ids), -1, dtype=np.int64)
         self.measured_at = np.full(len(ids), -1, dtype=np.int64)
         self._ranks = self._prior
 
@@ -67,21 +68,30 @@ class SpectrumSignal:
         values: Float[np.ndarray, " M"],
         tokens: Int[np.ndarray, " M"],
         step: int,
+        visit: int | None = None,
     ) -> None:
-        """Take measurements; where a sample comes twice, as several rollouts of a prompt do, their mean.
+        """Take measurements; those of one sample in one visit are averaged, as of the rollouts of a prompt.
 
         Args:
             positions: [M] samples, as positions in the sampler's `ids`.
             values: [M] the measure; NaN where the gradient is zero, which leaves a sample's last value.
             tokens: [M] loss tokens.
             step: forward steps before this one.
+            visit: number of the visit, never falling, for visits that take several calls; each call is one when None.
         """
         finite = np.isfinite(values)
         samples, member = np.unique(positions[finite], return_inverse=True)
         counts = np.bincount(member, minlength=len(samples))
-        self.values[samples] = np.bincount(member, weights=values[finite], minlength=len(samples)) / counts
-        mean_tokens = np.bincount(member, weights=tokens[finite], minlength=len(samples)) / counts
-        self._tokens[samples] = np.maximum(mean_tokens.round(), 1).astype(np.int64)
+        earlier = np.where(self._visit[samples] == visit, self._count[samples], 0) if visit is not None else 0 * counts
+        sums, token_sums = (
+            np.bincount(member, weights=new[finite], minlength=len(samples)).astype(float) for new in (values, tokens)
+        )
+        sums += np.where(earlier, earlier * self.values[samples], 0.0)
+        token_sums += earlier * self._tokens[samples]
+        self._count[samples] = counts + earlier
+        self._visit[samples] = -1 if visit is None else visit
+        self.values[samples] = sums / self._count[samples]
+        self._tokens[samples] = token_sums / self._count[samples]
         self.measured_at[samples] = step
         self._rank()
 
@@ -106,19 +116,23 @@ class SpectrumSignal:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """What a checkpoint must hold."""
-        return {"values": self.values, "tokens": self._tokens, "measured_at": self.measured_at}
+        return {
+            "values": self.values, "tokens": self._tokens, "measured_at": self.measured_at, "count": self._count,
+            "visit": self._visit,
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from what `state_dict` returned."""
         self.values, self._tokens = state["values"].copy(), state["tokens"].copy()
         self.measured_at = state["measured_at"].copy()
+        self._count, self._visit = state["count"].copy(), state["visit"].copy()
         self._rank()
 
     def _rank(self) -> None:
         known = np.flatnonzero(~np.isnan(self.values))
         values = self.values[known]
         if self.control == "length" and len(known) > 2:
-            tokens, logs = np.log(self._tokens[known]), np.log(np.maximum(values, np.finfo(float).tiny))
+            tokens, logs = np.log(np.maximum(self._tokens[known], 1)), np.log(np.maximum(values, np.finfo(float).tiny))
             spread = ((tokens - tokens.mean()) ** 2).sum()
             slope = ((tokens - tokens.mean()) * (logs - logs.mean())).sum() / spread if spread > 0 else 0.0
             values = logs - slope * tokens
