@@ -178,6 +178,7 @@ SOME = [
     "rloo, epoch 1, middle, 0 workers, adaptive by rewards",
     "grpo, inside a generation cycle, static",
     "grpo, inside a generation cycle, adaptive by rewards",
+    "grpo, inside a generation cycle, adaptive by rewards and tap",
     "accumulation, static",
     "sft, epoch 1, middle, 2 workers, adaptive by tap",
     "dpo, epoch 1, middle, 0 workers, adaptive by refresh",
@@ -206,7 +207,7 @@ def agree_and_resume(names: list[str], out: Path) -> None:
 
 
 def test_two_ranks_agree_and_resume_exactly(tmp_path: Path) -> None:
-    agree_and_resume([SOME[0], SOME[3], *SOME[5:9]], tmp_path)
+    agree_and_resume([SOME[0], SOME[3], *SOME[6:10]], tmp_path)
 
 
 @pytest.mark.slow

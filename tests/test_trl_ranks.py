@@ -31,6 +31,17 @@ MEASURED: dict[str, dict[str, Any]] = {
 }
 
 
+REWARDS = {
+    "kind": "grpo",
+    "online": "RewardSignal",
+    "settings": {},
+    "per_device_train_batch_size": 2,
+    "num_generations": 4,
+    "max_steps": 8,
+}
+"""One group spans both ranks."""
+
+
 def untouched(every: int, sharded: bool) -> dict[str, Any]:
     """A run whose refreshes have no effect on what is drawn."""
     settings = {"every": every, "pool_share": 0.3, "richness": 0.0}
@@ -39,7 +50,7 @@ def untouched(every: int, sharded: bool) -> dict[str, Any]:
 
 def test_two_ranks_measure_what_one_does_and_agree(tmp_path: Path) -> None:
     traces = {f"{sharded}, {every}": untouched(every, sharded) for sharded in (False, True) for every in (1, 1000)}
-    one, other = cases.run_on_two_ranks(MEASURED | traces, tmp_path)
+    one, other = cases.run_on_two_ranks(MEASURED | traces | {"rewards": REWARDS}, tmp_path)
     tokenizer = cases.AutoTokenizer.from_pretrained(cases.TINY_MODEL)
     network = cases.model(tokenizer, num_hidden_layers=2)
     references = {"sft": None, "dpo": cases.model(tokenizer)}
@@ -59,3 +70,9 @@ def test_two_ranks_measure_what_one_does_and_agree(tmp_path: Path) -> None:
         assert np.isfinite(with_refresh["values"]).any()
         assert np.isnan(without["values"]).all()
         assert with_refresh["losses"] == without["losses"]
+    assert one["rewards"]["values"] == other["rewards"]["values"]
+    rates = dict(zip(sorted(cases.TRAINED_IDS), one["rewards"]["values"], strict=True))
+    tried = {name: rate for name, rate in rates.items() if rate != 0.5}
+    assert len(tried) >= 7
+    assert all((rate > 0.5) == (name in cases.REWARDED_IDS) for name, rate in tried.items())
+    assert set(tried.values()) == {5 / 6, 1 / 6}, "all four completions of a group count, from both ranks"

@@ -23,6 +23,8 @@ from selector.selection import Selection
 
 TRAINED_IDS = [f"s{i}" for i in range(3, 27)]
 """The selection of most tests: all of 30 rows but the first and last three."""
+REWARDED_IDS = TRAINED_IDS[::3]
+"""Whose completions are rewarded, whatever they are, by `measured`."""
 
 WORDS = ["river", "stone", "cloud", "forest", "engine", "market", "garden", "winter", "silver", "bridge"]
 
@@ -187,6 +189,10 @@ REFRESH_OFTEN = "refresh often"
 """Stands in a case for a signal that scores a third of the pool again every other step."""
 
 
+REWARDS_AND_TAP = "rewards and tap"
+"""Stands in a case for a mixture of learnability and live spectra of the policy gradient."""
+
+
 class SaveAt(TrainerCallback):
     """Save one checkpoint."""
 
@@ -227,10 +233,11 @@ def resume(
         `whole`: the samples of each training step of the first run; `resumed`: of the second one.
     """
     from selector.integrations.trl import attach
-    from selector.sampling import RefreshSignal, TapSignal
+    from selector.sampling import RefreshSignal, RewardSignal, TapSignal
 
     signals = {
         TAP_EVERYTHING: lambda: TapSignal(share=None),
+        REWARDS_AND_TAP: lambda: RewardSignal(spectra=TapSignal(share=None)),
         REFRESH_OFTEN: lambda: RefreshSignal(every=2, pool_share=1 / 3),
     }
     seen: dict[str, list[list[str]]] = {}
@@ -279,6 +286,10 @@ def grid(world: int) -> dict[str, dict[str, Any]]:
             "num_train_epochs": 3,
         }
         cases[f"accumulation, {name}"] = accumulating | {"save_at": steps // 2 + 1, "attach_options": attach_options}
+    cases["grpo, inside a generation cycle, adaptive by rewards and tap"] = inside | {
+        "save_at": 3,
+        "attach_options": {"online": REWARDS_AND_TAP},
+    }
     for name, online in (("tap", TAP_EVERYTHING), ("refresh", REFRESH_OFTEN)):
         cases[f"accumulation, adaptive by {name}"] = {
             "kind": "sft", "gradient_accumulation_steps": 2, "num_train_epochs": 3, "save_at": steps // 2 + 1,
@@ -321,10 +332,12 @@ def measured(
     if sharded:
         trained.accelerator.prepare_model = lambda network, *_, **__: network  # instead of DDP
     signal = getattr(sampling, online)(**settings)
+    if kind == "grpo":
+        trained.reward_funcs = [lambda id, **columns: [float(name in REWARDED_IDS) for name in id]]
     attach(trained, selection(TRAINED_IDS), online=signal, coverage=1.0)
     trained.train()
     return {
-        "values": signal.values.tolist(),
+        "values": (signal.pass_rates() if online == "RewardSignal" else signal.values).tolist(),
         "losses": [entry["loss"] for entry in trained.state.log_history if "loss" in entry],
         "sharded": is_sharded(trained.model),
     }
