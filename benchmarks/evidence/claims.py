@@ -104,7 +104,8 @@ def of_model(measured: Measured, contrasts: list[Contrast]) -> dict[str, Any]:
         for own, pool in zip(every, pools, strict=True)
         if {view.half for view in own} == {"development", "test"}
     ]
-    candidates = [single(measured, halves, name) for name in measured.raw]
+    # lengths are left out: there is no length-controlled length
+    candidates = [single(measured, halves, name) for name in measured.raw if not name.endswith("_tokens")]
     candidates += [
         combine(measured, halves, title, names) for title, names in SETS.items() if title != "loss" and set(names) <= measured.raw.keys()
     ]  # fmt: skip

@@ -195,12 +195,12 @@ def document(about: dict[str, Any], results: dict[str, dict[str, Any]], agreemen
     lines += table(["model", *columns], ([name, *(own[c] for c in columns)] for name, own in about["models"].items()))
     lines += [
         "## In short", "",
-        "Contrasts on which each score does what was expected of it, length-matched where a match was found, with length taken out. Of two models no",
-        "word is more than one of a base model of this size.", *in_short(results),
+        "Contrasts on which each score does what was expected of it, length-matched where a match was found, with length taken out. The models",
+        "are small base models: what holds for them need not hold for large ones.", *in_short(results),
         "## One number for all contrasts, against length-controlled loss", "",
         "A single score has one sign (+ or −), a combination one set of weights; both are of the development halves. Best on development first, so the",
         "first line of a model is what one would have chosen. Surely: by Holm's rule over the contrasts at 5 %. Either way: also against loss turned round",
-        "where that helps loss. Data sets unseen: weights are of contrasts of other data sets.", *for_all(results),
+        "where that helps loss. Data sets unseen: weights are of contrasts of other data sets; the development AUC of a combination is of such weights too.", *for_all(results),
     ]  # fmt: skip
     for model, result in results.items():
         lines += [
