@@ -57,13 +57,19 @@ def installed(device: str) -> bool:
 
 @contextmanager
 def _route(faiss: Any, queries: int) -> Iterator[None]:
-    """Choose how FAISS computes distances: its own threshold counts queries in some versions, numbers in others."""
-    before = faiss.cvar.distance_compute_blas_threshold
+    """Choose how FAISS computes distances, and put its settings back afterwards.
+
+    Its own threshold for matrix products counts queries in some versions and numbers in others. Over one query two threads
+    took several times as long as one.
+    """
+    threshold, threads = faiss.cvar.distance_compute_blas_threshold, faiss.omp_get_max_threads()
     faiss.cvar.distance_compute_blas_threshold = 0 if queries >= PRODUCTS_FROM else 1 << 30
+    faiss.omp_set_num_threads(1 if queries == 1 else threads)
     try:
         yield
     finally:
-        faiss.cvar.distance_compute_blas_threshold = before
+        faiss.cvar.distance_compute_blas_threshold = threshold
+        faiss.omp_set_num_threads(threads)
 
 
 def n_lists(count: int) -> int:
