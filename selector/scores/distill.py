@@ -58,8 +58,9 @@ class Distilled:
         scored = np.flatnonzero(np.isfinite(values))
         if len(scored) < FEWEST:
             raise SelectionError(
-                "too few samples have a score to predict it", got=len(scored), allowed=f"{FEWEST} or more"
-            )
+                "too few samples have a score to predict it", got=len(scored), allowed=f"{FEWEST} or more",
+                fix="score more of the pool; the scored rows are recognized by their ids",
+            )  # fmt: skip
         order = scored[np.random.default_rng(seed).permutation(len(scored))]
         n_held_out = int(HELD_OUT * len(order))
         choose, judge, train = order[: n_held_out // 2], order[n_held_out // 2 : n_held_out], order[n_held_out:]
