@@ -96,12 +96,10 @@ def check_policy(
 
             picks = run(scores)
             _check_picks(case, scores, budget, picks, exact=exact)
-            ids = scores.ids[picks.positions].tolist()
-            _promise(ids == scores.ids[run(scores).positions].tolist(), f"{case}: two runs with one seed differ")
+            told = _told(scores, picks)
+            _promise(told == _told(scores, run(scores)), f"{case}: two runs with one seed differ")
             other = shuffled(scores, np.random.default_rng(1).permutation(len(scores)))
-            _promise(
-                ids == other.ids[run(other).positions].tolist(), f"{case}: the picks depend on the order of the samples"
-            )
+            _promise(told == _told(other, run(other)), f"{case}: the picks depend on the order of the samples")
 
 
 def check_layer_type(module: nn.Module, parameter: str = "weight") -> None:
@@ -212,6 +210,12 @@ def check_scorer(name: str) -> None:
                 for key, value in values(batch).items():
                     same = np.isclose(value, alone[key], rtol=1e-7, atol=1e-12, equal_nan=True)
                     _promise(bool(same), f"{case}: the score depends on {what}: {alone[key]} alone, {value} together")
+
+
+def _told(scores: Scores, picks: Picks) -> tuple[list[Any], ...]:
+    """All that picks say, by sample id."""
+    weights = np.ones(len(picks.positions)) if picks.weights is None else picks.weights
+    return scores.ids[picks.positions].tolist(), picks.reasons.tolist(), weights.tolist()
 
 
 def _check_picks(case: str, scores: Scores, budget: Budget, picks: Picks, *, exact: bool) -> None:

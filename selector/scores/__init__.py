@@ -6,7 +6,7 @@ from selector.scores.distill import Distilled
 from selector.scores.features import Embeddings, HashedWords
 from selector.scores.from_store import HIGHER_FIRST, available, score
 from selector.scores.length import LengthControl, load_control
-from selector.scores.statistics import LengthCorrelation, correlations, length_correlation, spearman
+from selector.scores.statistics import LengthCorrelation, correlations, length_correlation, spearman, spearman_interval
 from selector.scores.table import read_provenance, read_scores, write_scores
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "read_scores",
     "score",
     "spearman",
+    "spearman_interval",
     "write_scores",
 ]
