@@ -61,7 +61,9 @@ class ScoreCommand(Command):
     """Reference model of the DPO loss, where the data set has no log-probabilities of one; else the model itself."""
     chat_template: Path | None = None
     """Jinja file that takes the place of the tokenizer's chat template, such as one that marks what the assistant generates."""
-    config: OmitArgPrefixes[CommandLineConfig] = field(default_factory=CommandLineConfig)
+    config: OmitArgPrefixes[Annotated[ScoreConfig, arg(constructor=CommandLineConfig)]] = field(
+        default_factory=ScoreConfig
+    )
     """How samples are read, batched and measured."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint; never taken from a settings file."""
