@@ -54,8 +54,8 @@ def report(
     facts["versions"] = versions() | dict(about["versions"])
     lines = [
         f"# Does a selection train a better model? {facts['date']}", "",
-        f"{about['model']}, {about['device']}; learning rate {about['learning rate']:g}, {about['epochs']} epochs, steps of about "
-        f"{about['tokens per step']} tokens; {len(pool)} rows of {len({row['source'] for row in pool})} sources, of which "
+        f"{about['model']}, {about['device']}; learning rate {about['learning_rate']:g}, {about['epochs']} epochs, steps of about "
+        f"{about['tokens_per_step']} tokens; {len(pool)} rows of {len({row['source'] for row in pool})} sources, of which "
         + ", ".join(f"{share:.0%} {kind}" for kind, share in facts["rates"].items()) + ".", "",
         "Loss is the mean over sources of the held-out loss on clean rows, nats/token; lower is better. Differences are paired by "
         "training seed, with 95 % t-intervals; a negative one says that the method trains the better model. *Matched* is random "
