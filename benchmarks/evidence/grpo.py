@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -199,6 +198,7 @@ def trainings(options: argparse.Namespace, wanted: list[Run]) -> int:
     import training
 
     from selector.scorer import load_model
+    from selector.scorer.cost import device_name
     from selector.scores import score
     from selector.selecting import select
     from selector.store import FeatureStore
@@ -221,7 +221,7 @@ def trainings(options: argparse.Namespace, wanted: list[Run]) -> int:
         look()
         signal = signal_of(run["sampler"], angles)
         drawn = reinforce(own, tokenizer, found["pool"], selection, signal, look, run, options)
-        return {"curve": curve, "drawn": drawn}
+        return {"curve": curve, "drawn": drawn, "device": device_name()}
 
     workers.work(options.work, options.stage, wanted, do, options.shard, options.started + options.seconds)
     return 0
@@ -323,69 +323,11 @@ def launch(options: argparse.Namespace) -> int:
 
 def table(options: argparse.Namespace) -> int:
     """Write what was found."""
-    from paired import interval
-    from verdict import shown
+    from curves import report
 
-    from selector.runtime import versions
-    from selector.scorer.cost import device_name
-
-    curves: dict[str, dict[int, np.ndarray]] = {}
-    drawn: dict[str, list[dict[str, float]]] = {}
     results = finished(options, "train", runs(options))
-    for one in results:
-        curves.setdefault(one["run"]["sampler"], {})[one["run"]["seed"]] = np.array(one["curve"])
-        drawn.setdefault(one["run"]["sampler"], []).append(one["drawn"])
-    if "uniform" not in curves:
-        raise SystemExit("no uniform run is finished: run the stage `train` first")
-    mean = np.mean(list(curves["uniform"].values()), axis=0)
-    goal = float(mean[0] + mean[-1]) / 2
-    lines = [
-        f"# Which prompts should GRPO draw? {time.strftime('%Y-%m-%d')}", "",
-        f"{device_name()}; {options.prompts} prompts, {options.steps} steps of {options.batch} prompts with {options.generations} "
-        f"completions each, learning rate {results[0]['run']['learning_rate']:g}. The held-out reward is {mean[0]:.3f} before training. Steps to "
-        f"the goal: until it is {goal:.3f}, half of the rise under uniform draws; a run that does not get there counts "
-        f"{options.steps + options.every}. Area: mean held-out reward over the steps. Differences to uniform draws are paired by seed, "
-        "with 95 % t-intervals.", "",
-        "| sampler | steps to the goal | − uniform | area | − uniform | last | − uniform | reached | "
-        + " | ".join(f"drawn: {kind}" for kind in KINDS) + " | seeds |",
-        "|" + "---|" * (9 + len(KINDS)),
-    ]  # fmt: skip
-    summary = {}
-    for sampler, own in curves.items():
-        measures = {
-            "steps": {seed: steps_to(curve, goal, options.every) for seed, curve in own.items()},
-            "area": {seed: float(curve.mean()) for seed, curve in own.items()},
-            "last": {seed: float(curve[-1]) for seed, curve in own.items()},
-        }
-        rival = {
-            "steps": {seed: steps_to(curve, goal, options.every) for seed, curve in curves["uniform"].items()},
-            "area": {seed: float(curve.mean()) for seed, curve in curves["uniform"].items()},
-            "last": {seed: float(curve[-1]) for seed, curve in curves["uniform"].items()},
-        }
-        cells = []
-        summary[sampler] = {"measures": measures}
-        for name, values in measures.items():
-            pairs = [values[seed] - rival[name][seed] for seed in values if seed in rival[name]]
-            cells.append(f"{np.mean(list(values.values())):.{1 if name == 'steps' else 4}f}")
-            cells.append(shown(interval(pairs)) if pairs and sampler != "uniform" else "")
-        reached = np.mean([curve.max() >= goal for curve in own.values()])
-        shares = [f"{np.mean([one[kind] for one in drawn[sampler]]):.0%}" for kind in KINDS]
-        lines.append("| " + " | ".join([sampler, *cells, f"{reached:.0%}", *shares, str(len(own))]) + " |")
-    lines += ["", "Versions: " + ", ".join(f"{name} {number}" for name, number in versions().items())]
-    stem = options.results / f"evidence_grpo_{time.strftime('%Y-%m-%d')}"
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    stem.with_suffix(".json").write_text(
-        json.dumps({"goal": goal, "summary": summary, "runs": results}, indent=1) + "\n"
-    )
-    print("\n".join(lines))
+    report(options.results / f"evidence_grpo_{time.strftime('%Y-%m-%d')}", results, tuple(KINDS))
     return 0
-
-
-def steps_to(curve: np.ndarray, goal: float, every: int) -> int:
-    """Steps until a curve of looks reaches a goal; one look more than there were where it does not."""
-    reached = np.flatnonzero(curve >= goal)
-    return int(reached[0] if len(reached) else len(curve)) * every
 
 
 STAGES = {"warm": warm, "tune": tune, "train": train, "table": table}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 from numpy import ndarray as Array
@@ -164,7 +165,7 @@ def methods(weights: Mapping[str, Mapping[str, float]]) -> dict[str, Method]:
 
         return {f"high {name}": Method(chosen(True), cost), f"low {name}": Method(chosen(False), cost)}
 
-    def combined(name: str, policy: str = "top", **options: float) -> Callable[[Scored, str, int], Selection]:
+    def combined(name: str, policy: str = "top", **options: Any) -> Callable[[Scored, str, int], Selection]:
         def chosen(pool: Scored, budget: str, seed: int) -> Selection:
             parts = {part: pool.ingredients[part] for part in weights[name]}
             values = combine(parts, weights[name], how="z")
@@ -216,7 +217,7 @@ FIRST = (
 
 
 def _by_sketches(policy: str) -> Callable[[Scored, str, int], Selection]:
-    options = {"threshold": DUPLICATE} if policy == "deduplicate" else {}
+    options: dict[str, Any] = {"threshold": DUPLICATE} if policy == "deduplicate" else {}
 
     def chosen(pool: Scored, budget: str, seed: int) -> Selection:
         scores = pool.scored("effective_rank")

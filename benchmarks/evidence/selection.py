@@ -159,12 +159,13 @@ def make_scores(options: argparse.Namespace) -> int:
     pool = found["test"]
     for name, method in known.items():
         for budget in options.budgets:
+            fixed = None if method.draws else method.select(pool, budget, 0)
             for seed in options.seeds:
-                if seed == options.seeds[0] or method.draws:
-                    selection = method.select(pool, budget, seed)
-                keep("test", name, budget, seed, selection.rows)
-                if not method.draws:
-                    keep("test", f"matched {name}", budget, seed, matched_random(selection, pool.plain, seed=seed).rows)
+                if fixed is None:
+                    keep("test", name, budget, seed, method.select(pool, budget, seed).rows)
+                else:
+                    keep("test", name, budget, seed, fixed.rows)
+                    keep("test", f"matched {name}", budget, seed, matched_random(fixed, pool.plain, seed=seed).rows)
     pq.write_table(pa.Table.from_pylist(chosen), options.work / "selections.parquet", compression="zstd")
     about = {
         "model": f"{model.num_parameters() / 1e6:.1f} M parameters", "device": store.manifest.cost[-1]["device"],
