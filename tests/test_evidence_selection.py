@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import time
 from pathlib import Path
 
@@ -93,8 +92,18 @@ def test_intervals_are_those_of_students_t():
     found = interval(values)
     assert (found.low, found.high) == pytest.approx(expected, rel=1e-5)
     assert not found.excludes_zero
-    assert math.isnan(interval([1.0]).low)
+    assert interval([1.0]).low is None
     assert not interval([1.0]).excludes_zero
+    assert not interval([2.0, 2.0]).excludes_zero
+
+
+def test_steps_to_a_goal_count_a_run_that_misses_it_as_one_look_more():
+    from curves import measures
+
+    found = measures({0: np.array([0.1, 0.2, 0.4, 0.3]), 1: np.array([0.1, 0.1, 0.1, 0.1])}, 0.4, 5)
+    assert found["steps"] == {0: 10, 1: 20}
+    assert found["area"][0] == pytest.approx(0.25)
+    assert found["last"][0] == pytest.approx(0.3)
 
 
 def test_workers_skip_finished_runs_and_bear_a_line_cut_short(tmp_path):

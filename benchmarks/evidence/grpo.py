@@ -1,22 +1,21 @@
-"""Which prompts should reinforcement learning draw? GRPO on sums that a small model can learn, under five samplers.
+"""Which prompts should reinforcement learning draw? GRPO on questions that a small model can learn, under five samplers.
 
     python benchmarks/evidence/grpo.py warm
     python benchmarks/evidence/grpo.py tune  --workers 8 --gpus 2
     python benchmarks/evidence/grpo.py train --workers 8 --gpus 2 --seconds 140
     python benchmarks/evidence/grpo.py table
 
-The prompts are sums of numbers below 20, 50 and 200 and, as hopeless ones, products of four digits, a quarter each; the
-reward is an exact match. `warm` fine-tunes the model on other sums until it solves about a quarter of the two easier kinds, and
-scores the prompts with that model. All samplers start there, with the learning rate that `tune` finds best for uniform draws
-under other seeds; what differs is the prompts they draw.
-The held-out reward is the mean probability of the right answer to sums that no training sees.
+The prompts ask for the largest of three numbers, the second of four, the middle one of five, and, as hopeless ones, products of
+four digits, a quarter each; the reward is an exact match. `warm` fine-tunes the model on a few other questions until it
+answers about a quarter of the easiest ones, and scores the prompts with that model. All samplers start there, with the
+learning rate that `tune` finds best for uniform draws under other seeds; what differs is the prompts they draw. The held-out
+reward is the mean probability of the right answer to questions that no training sees, hopeless ones left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -27,16 +26,18 @@ import numpy as np
 import workers
 
 SEEDS = (0, 1, 2, 3, 4)
-BELOW = {"below 20": 20, "below 50": 50, "below 200": 200, "hopeless": 10000}
-"""What the numbers of each kind of problem are below."""
-EASY = ("below 20", "below 50")
-SUMS = (*EASY, "below 200")
+KINDS = {"largest": (3, -1), "second": (4, -2), "middle": (5, 2), "hopeless": (0, 0)}
+"""How many numbers a question of each kind names, and the place of the answer among them in ascending order."""
+SEARCHES = ("largest", "second", "middle")
+EASY = "largest"
 WARM_AT = 0.25
-"""Probability of the right answer on the easy half from which on the model is warm."""
-WARM_RATE = 2e-3
+"""Probability of the right answer to the easiest questions from which on the model is warm."""
+WARM_RATE = 1e-3
 """Learning rate of the demonstrations."""
 GROWTH = 1.5
 """Factor on the number of demonstrations until it is."""
+MOST = 100
+"""Times as many demonstrations as at first after which warming gives up."""
 TUNING_SEEDS = (100, 101, 102)
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 SAMPLERS = ("uniform", "learnability", "angles", "spectral", "mixed")
@@ -55,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samplers", nargs="*", default=SAMPLERS)
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--demonstrations", type=int, default=13500, help="with which warming begins")
+    parser.add_argument("--demonstrations", type=int, default=200, help="with which warming begins")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=3, help="steps between two looks at the held-out reward")
     parser.add_argument("--batch", type=int, default=32, help="prompts of a step")
-    parser.add_argument("--generations", type=int, default=16, help="completions of a prompt")
+    parser.add_argument("--generations", type=int, default=8, help="completions of a prompt")
     parser.add_argument("--workers", type=int, help="processes on each GPU, or in all without one")
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--shard", type=lambda text: tuple(map(int, text.split("/"))), default=(0, 1))
@@ -77,19 +78,22 @@ def problems(kind: str, count: int, rng: np.random.Generator, taken: set[str]) -
     """Problems of a kind as prompt and completion.
 
     Args:
-        kind: one of `BELOW`.
+        kind: one of `KINDS`.
         count: how many.
         rng: draws them.
         taken: prompts that must not come.
     """
-    sign, found = "*" if kind == "hopeless" else "+", []
+    found: list[Row] = []
     while len(found) < count:
-        a, b = rng.integers(BELOW[kind] // 10 if kind == "hopeless" else 0, BELOW[kind], 2).tolist()
-        prompt = f"{a} {sign} {b} ="
+        if kind == "hopeless":
+            a, b = rng.integers(1000, 10000, 2).tolist()
+            prompt, right = f"product of {a}, {b} =", a * b
+        else:
+            count_of, place = KINDS[kind]
+            numbers = rng.choice(100, count_of, replace=False).tolist()
+            prompt, right = f"{kind} of {', '.join(map(str, numbers))} =", sorted(numbers)[place]
         if prompt not in taken:
-            found.append(
-                {"id": prompt, "source": kind, "prompt": prompt, "completion": f" {a * b if sign == '*' else a + b}"}
-            )
+            found.append({"id": prompt, "source": kind, "prompt": prompt, "completion": f" {right}"})
     return found
 
 
@@ -97,12 +101,12 @@ def parts(prompts: int) -> dict[str, list[Row]]:
     """Prompts to train on and held-out ones, each prompt once.
 
     Args:
-        prompts: how many to train on; half as many sums are held out.
+        prompts: how many to train on; half as many are held out.
     """
     rng = np.random.default_rng(0)
     found: dict[str, list[Row]] = {"heldout": [], "pool": []}
     taken: set[str] = set()
-    for part, kinds, count in (("heldout", SUMS, prompts // 6), ("pool", tuple(BELOW), prompts // len(BELOW))):
+    for part, kinds, count in (("heldout", SEARCHES, prompts // 6), ("pool", tuple(KINDS), prompts // len(KINDS))):
         for kind in kinds:
             for _ in range(count):
                 found[part] += problems(kind, 1, rng, taken)
@@ -111,7 +115,7 @@ def parts(prompts: int) -> dict[str, list[Row]]:
 
 
 def warm(options: argparse.Namespace) -> int:
-    """Teach the model some sums, and score the prompts with it."""
+    """Teach the model the form of the answers, and score the prompts with it."""
     from datasets import Dataset
     from training import Bench, Settings, encode, log_likelihoods
 
@@ -120,18 +124,22 @@ def warm(options: argparse.Namespace) -> int:
 
     found = parts(options.prompts)
     taken = {row["prompt"] for rows in found.values() for row in rows}
-    rng, count, reached = np.random.default_rng(1), options.demonstrations, 0.0
-    easy = [row for row in found["heldout"] if row["source"] in EASY]
+    rng, count = np.random.default_rng(1), options.demonstrations
+    easy = [row for row in found["heldout"] if row["source"] == EASY]
     while True:
-        demonstrations = [row for kind in SUMS for row in problems(kind, count // len(SUMS), rng, taken)]
-        bench = Bench(options.model, demonstrations, Settings(epochs=2, tokens_per_step=1024))
+        demonstrations = [row for kind in SEARCHES for row in problems(kind, count // len(SEARCHES), rng, taken)]
+        bench = Bench(options.model, demonstrations, Settings(epochs=1, tokens_per_step=512))
         model, _ = bench.train(range(len(demonstrations)), WARM_RATE, 0)
         samples = encode(bench.tokenizer, [(row["prompt"], row["completion"]) for row in easy])
         reached = float(np.exp(log_likelihoods(model, samples)).mean())
-        print(f"{len(demonstrations)} demonstrations: right answers to easy sums with probability {reached:.3f}")
+        print(
+            f"{len(demonstrations)} demonstrations: right answers to the easiest questions with probability {reached:.3f}"
+        )
         if reached >= WARM_AT:
             break
         count = int(count * GROWTH)
+        if count > MOST * options.demonstrations:
+            raise SystemExit("the model does not learn the form of the answers: take a larger one")
     plain = copy.deepcopy(bench.base)
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(options.work / "warm")
@@ -141,33 +149,41 @@ def warm(options: argparse.Namespace) -> int:
     return 0
 
 
-def tuning_runs() -> list[Run]:
+def settings(options: argparse.Namespace) -> Run:
+    """What all trainings have in common; with other settings they are other runs."""
+    return {name: getattr(options, name) for name in ("prompts", "steps", "every", "batch", "generations")}
+
+
+def tuning_runs(options: argparse.Namespace) -> list[Run]:
     """Uniform draws under several learning rates."""
-    return [
-        {"sampler": "uniform", "seed": seed, "learning_rate": rate} for seed in TUNING_SEEDS for rate in LEARNING_RATES
-    ]
+    common = {"sampler": "uniform", **settings(options)}
+    return [{"seed": seed, "learning_rate": rate, **common} for seed in TUNING_SEEDS for rate in LEARNING_RATES]
 
 
 def runs(options: argparse.Namespace) -> list[Run]:
     """All samplers with one seed after the other, at the best learning rate."""
-    results = workers.finished(options.work, "tune")
-    if len(results) < len(tuning_runs()):
-        raise SystemExit(f"{len(results)} of {len(tuning_runs())} tuning runs are finished: run the stage `tune` first")
+    results = finished(options, "tune", tuning_runs(options))
+    if len(results) < len(tuning_runs(options)):
+        raise SystemExit(
+            f"{len(results)} of {len(tuning_runs(options))} tuning runs are finished: run the stage `tune` first"
+        )
     areas = {
         rate: np.mean([one["curve"] for one in results if one["run"]["learning_rate"] == rate])
         for rate in LEARNING_RATES
     }
-    rate = max(areas, key=areas.__getitem__)
-    return [
-        {"sampler": sampler, "seed": seed, "learning_rate": rate}
-        for seed in options.seeds
-        for sampler in options.samplers
-    ]
+    common = {"learning_rate": max(areas, key=areas.__getitem__), **settings(options)}
+    return [{"sampler": sampler, "seed": seed, **common} for seed in options.seeds for sampler in options.samplers]
+
+
+def finished(options: argparse.Namespace, stage: str, wanted: list[Run]) -> list[dict[str, Any]]:
+    """Results of those runs that are finished."""
+    keys = {workers.key_of(run) for run in wanted}
+    return [one for one in workers.finished(options.work, stage) if workers.key_of(one["run"]) in keys]
 
 
 def tune(options: argparse.Namespace) -> int:
     """Find the learning rate that is best for uniform draws."""
-    return launch(options) if options.workers else trainings(options, tuning_runs())
+    return launch(options) if options.workers else trainings(options, tuning_runs(options))
 
 
 def train(options: argparse.Namespace) -> int:
@@ -182,6 +198,7 @@ def trainings(options: argparse.Namespace, wanted: list[Run]) -> int:
     import training
 
     from selector.scorer import load_model
+    from selector.scorer.cost import device_name
     from selector.scores import score
     from selector.selecting import select
     from selector.store import FeatureStore
@@ -204,7 +221,7 @@ def trainings(options: argparse.Namespace, wanted: list[Run]) -> int:
         look()
         signal = signal_of(run["sampler"], angles)
         drawn = reinforce(own, tokenizer, found["pool"], selection, signal, look, run, options)
-        return {"curve": curve, "drawn": drawn}
+        return {"curve": curve, "drawn": drawn, "device": device_name()}
 
     workers.work(options.work, options.stage, wanted, do, options.shard, options.started + options.seconds)
     return 0
@@ -257,7 +274,7 @@ def reinforce(
 
     kinds = {row["prompt"]: row["source"] for row in pool}
     rows = [{"id": row["id"], "prompt": row["prompt"], "answer": row["completion"].strip()} for row in pool]
-    counts = dict.fromkeys(BELOW, 0)
+    counts = dict.fromkeys(KINDS, 0)
 
     def reward(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
         for prompt in prompts:
@@ -289,8 +306,8 @@ def reinforce(
 
 def launch(options: argparse.Namespace) -> int:
     """Share the trainings among processes."""
-    names = ("model", "work", "prompts", "steps", "every", "batch", "generations")
-    arguments = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+    common = {"model": options.model, "work": options.work, **settings(options)}
+    arguments = [text for name, value in common.items() for text in (f"--{name}", str(value))]
     arguments += ["--samplers", *options.samplers, "--seeds", *map(str, options.seeds)]
     failed = workers.launch(
         Path(__file__),
@@ -306,69 +323,11 @@ def launch(options: argparse.Namespace) -> int:
 
 def table(options: argparse.Namespace) -> int:
     """Write what was found."""
-    from paired import interval
-    from verdict import shown
+    from curves import report
 
-    from selector.runtime import versions
-    from selector.scorer.cost import device_name
-
-    curves: dict[str, dict[int, np.ndarray]] = {}
-    drawn: dict[str, list[dict[str, float]]] = {}
-    results = workers.finished(options.work, "train")
-    for one in results:
-        curves.setdefault(one["run"]["sampler"], {})[one["run"]["seed"]] = np.array(one["curve"])
-        drawn.setdefault(one["run"]["sampler"], []).append(one["drawn"])
-    if "uniform" not in curves:
-        raise SystemExit("no uniform run is finished: run the stage `train` first")
-    mean = np.mean(list(curves["uniform"].values()), axis=0)
-    goal = float(mean[0] + mean[-1]) / 2
-    lines = [
-        f"# Which prompts should GRPO draw? {time.strftime('%Y-%m-%d')}", "",
-        f"{device_name()}; {options.prompts} prompts, {options.steps} steps of {options.batch} prompts with {options.generations} "
-        f"completions each, learning rate {results[0]['run']['learning_rate']:g}. The held-out reward is {mean[0]:.3f} before training. Steps to "
-        f"the goal: until it is {goal:.3f}, half of the rise under uniform draws; a run that does not get there counts "
-        f"{options.steps + options.every}. Area: mean held-out reward over the steps. Differences to uniform draws are paired by seed, "
-        "with 95 % t-intervals.", "",
-        "| sampler | steps to the goal | − uniform | area | − uniform | last | − uniform | reached | "
-        + " | ".join(f"drawn: {kind}" for kind in BELOW) + " | seeds |",
-        "|" + "---|" * (9 + len(BELOW)),
-    ]  # fmt: skip
-    summary = {}
-    for sampler, own in curves.items():
-        measures = {
-            "steps": {seed: steps_to(curve, goal, options.every) for seed, curve in own.items()},
-            "area": {seed: float(curve.mean()) for seed, curve in own.items()},
-            "last": {seed: float(curve[-1]) for seed, curve in own.items()},
-        }
-        rival = {
-            "steps": {seed: steps_to(curve, goal, options.every) for seed, curve in curves["uniform"].items()},
-            "area": {seed: float(curve.mean()) for seed, curve in curves["uniform"].items()},
-            "last": {seed: float(curve[-1]) for seed, curve in curves["uniform"].items()},
-        }
-        cells = []
-        summary[sampler] = {"measures": measures}
-        for name, values in measures.items():
-            pairs = [values[seed] - rival[name][seed] for seed in values if seed in rival[name]]
-            cells.append(f"{np.mean(list(values.values())):.{1 if name == 'steps' else 4}f}")
-            cells.append(shown(interval(pairs)) if pairs and sampler != "uniform" else "")
-        reached = np.mean([curve.max() >= goal for curve in own.values()])
-        shares = [f"{np.mean([one[kind] for one in drawn[sampler]]):.0%}" for kind in BELOW]
-        lines.append("| " + " | ".join([sampler, *cells, f"{reached:.0%}", *shares, str(len(own))]) + " |")
-    lines += ["", "Versions: " + ", ".join(f"{name} {number}" for name, number in versions().items())]
-    stem = options.results / f"evidence_grpo_{time.strftime('%Y-%m-%d')}"
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    stem.with_suffix(".json").write_text(
-        json.dumps({"goal": goal, "summary": summary, "runs": results}, indent=1) + "\n"
-    )
-    print("\n".join(lines))
+    results = finished(options, "train", runs(options))
+    report(options.results / f"evidence_grpo_{time.strftime('%Y-%m-%d')}", results, tuple(KINDS))
     return 0
-
-
-def steps_to(curve: np.ndarray, goal: float, every: int) -> int:
-    """Steps until a curve of looks reaches a goal; one look more than there were where it does not."""
-    reached = np.flatnonzero(curve >= goal)
-    return int(reached[0] if len(reached) else len(curve)) * every
 
 
 STAGES = {"warm": warm, "tune": tune, "train": train, "table": table}

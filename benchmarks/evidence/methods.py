@@ -1,7 +1,7 @@
 """Ways to select from a pool, by name: what each looks at, and what a sample's look costs.
 
 A name says the direction of the measure itself: `high loss` picks where the loss is high, whatever a paper recommends. All
-scores are controlled for length unless the name says raw. `matched X` draws at random with the length profile of X.
+XX
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 from numpy import ndarray as Array
@@ -45,10 +46,10 @@ class Scored:
         return score(self.store, "loss", control="none")
 
     @cache  # noqa: B019  # lives as long as the run
-    def controlled(self, by: str, control: str = "length", projections: tuple[str, ...] = ()) -> Scores:
-        """A score of which high values are picked first."""
+    def scored(self, by: str, high: bool = True, control: str = "length", projections: tuple[str, ...] = ()) -> Scores:
+        """A score of which high values are picked first, or low ones."""
         return score(
-            self.store, by, control=control, aggregation=Aggregation(projections=projections), higher_first=True
+            self.store, by, control=control, aggregation=Aggregation(projections=projections), higher_first=high
         )
 
     @cached_property
@@ -79,11 +80,11 @@ class Scored:
     def ingredients(self) -> dict[str, Scores]:
         """What combinations are made of."""
         found = {
-            f"{by}, {part}": self.controlled(by, projections=projections)
+            f"{by}, {part}": self.scored(by, projections=projections)
             for by in SPECTRA
             for part, projections in (("attention", ATTENTION), ("MLP", MLP))
         }
-        found["loss"] = self.controlled("loss")
+        found["loss"] = self.scored("loss")
         lists = self.sketch_index.graph(SHOWN_NEIGHBOURS)
         near = lists.similarities.reshape(len(lists), -1)
         found["nearest gradient"] = self.valued(near[:, 0].astype(float))
@@ -158,13 +159,13 @@ def methods(weights: Mapping[str, Mapping[str, float]]) -> dict[str, Method]:
         )
     }
 
-    def both(name: str, by: str, cost: str, control: str = "length") -> dict[str, Method]:
-        def chosen(policy: str) -> Callable[[Scored, str, int], Selection]:
-            return lambda pool, budget, seed: select(pool.controlled(by, control), None, budget, policy, seed=seed)
+    def both(name: str, by: str, cost: str, control: str = "length", policy: str = "top") -> dict[str, Method]:
+        def chosen(high: bool) -> Callable[[Scored, str, int], Selection]:
+            return lambda pool, budget, seed: select(pool.scored(by, high, control), None, budget, policy, seed=seed)
 
-        return {f"high {name}": Method(chosen("top"), cost), f"low {name}": Method(chosen("bottom"), cost)}
+        return {f"high {name}": Method(chosen(True), cost), f"low {name}": Method(chosen(False), cost)}
 
-    def combined(name: str, policy: str = "top", **options: float) -> Callable[[Scored, str, int], Selection]:
+    def combined(name: str, policy: str = "top", **options: Any) -> Callable[[Scored, str, int], Selection]:
         def chosen(pool: Scored, budget: str, seed: int) -> Selection:
             parts = {part: pool.ingredients[part] for part in weights[name]}
             values = combine(parts, weights[name], how="z")
@@ -173,21 +174,11 @@ def methods(weights: Mapping[str, Mapping[str, float]]) -> dict[str, Method]:
 
         return chosen
 
-    def score_of(name: str) -> Callable[[Scored], Scores]:
-        if name in PARTS:
-            return lambda pool: combine(
-                {part: pool.ingredients[part] for part in weights[name]}, weights[name], how="z"
-            )
-        direction, by = name.split()
-        sign = 1 if direction == "high" else -1
-        return lambda pool: pool.valued(sign * pool.controlled(by).values)
-
     for by in ("effective_rank", "nuclear_norm", "loss"):
-        found |= both(by, by, "loss" if by == "loss" else "spectra")
+        cost = "loss" if by == "loss" else "spectra"
+        found |= both(by, by, cost) | both(f"{by}{WITHIN}", by, cost, policy="proportional")
     found["combination"] = Method(combined("combination"), "spectra, sketches")
-    for name, cost in BY_SOURCE.items():
-        found[f"{name}, by source"] = Method(_by_source(score_of(name)), cost)
-        found[f"random of the better, {name}"] = Method(_random_of_better(score_of(name)), cost, True)
+    found[f"combination{WITHIN}"] = Method(combined("combination", "proportional"), "spectra, sketches")
     found["target, mean cosine"] = Method(_target_mean, "spectra, sketches")
     found["target, best rank"] = Method(_target_best, "spectra, sketches")
     for part in PARTS:
@@ -210,59 +201,26 @@ def methods(weights: Mapping[str, Mapping[str, float]]) -> dict[str, Method]:
     return found | both("n_tokens", "n_tokens", "nothing")
 
 
-BY_SOURCE = {
-    "low loss": "loss",
-    "low nuclear_norm": "spectra",
-    "high effective_rank": "spectra",
-    "high ifd": "ifd",
-    "low ifd": "ifd",
-    "combination of spectra": "spectra, sketches",
-    "combination": "spectra, sketches",
-}
-"""Scores that are also compared within each source alone, so that a selection has the pool's mixture, and what they cost."""
-DROPPED = 0.4
-"""Share of each source that is left out as worse before a random draw."""
 DUPLICATE = 0.95
 """Lowest cosine of the gradients of near-duplicates."""
+WITHIN = ", within sources"
+"""Ends the names of methods that give each source the share of the budget that it has of the pool's tokens."""
 FIRST = (
     "random",
-    "high effective_rank",
-    "low effective_rank",
-    "high nuclear_norm",
-    "low nuclear_norm",
-    "high loss",
-    "low loss",
     "combination",
     "target, mean cosine",
+    *(f"{end} {by}" for by in ("effective_rank", "nuclear_norm", "loss") for end in ("high", "low")),
+    f"combination{WITHIN}",
+    *(f"{end} {by}{WITHIN}" for by in ("effective_rank", "nuclear_norm", "loss") for end in ("high", "low")),
 )
 """Methods that are run first."""
 
 
-def _by_source(score_of: Callable[[Scored], Scores]) -> Callable[[Scored, str, int], Selection]:
-    """The best of each source, in the pool's proportions."""
-    return lambda pool, budget, seed: select(score_of(pool), None, budget, "proportional", seed=seed)
-
-
-def _random_of_better(score_of: Callable[[Scored], Scores]) -> Callable[[Scored, str, int], Selection]:
-    """A random draw from what is left of each source without its worst."""
-
-    def chosen(pool: Scored, budget: str, seed: int) -> Selection:
-        scores = score_of(pool)
-        values = np.full(len(scores), np.nan)
-        for source in np.unique(scores.source):
-            own = np.flatnonzero((scores.source == source) & np.isfinite(scores.values))
-            worst_first = own[np.argsort(scores.values[own], kind="stable")]
-            values[worst_first[int(DROPPED * len(own)) :]] = 1.0
-        return select(replace(scores, values=values), None, budget, "random", seed=seed)
-
-    return chosen
-
-
 def _by_sketches(policy: str) -> Callable[[Scored, str, int], Selection]:
-    options = {"threshold": DUPLICATE} if policy == "deduplicate" else {}
+    options: dict[str, Any] = {"threshold": DUPLICATE} if policy == "deduplicate" else {}
 
     def chosen(pool: Scored, budget: str, seed: int) -> Selection:
-        scores = pool.controlled("effective_rank")
+        scores = pool.scored("effective_rank")
         return select(scores, None, budget, policy, index=pool.sketch_index, seed=seed, **options)
 
     return chosen

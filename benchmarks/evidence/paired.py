@@ -15,16 +15,16 @@ class Interval:
     """A mean with its 95 % interval."""
 
     mean: float
-    low: float
-    """NaN where one value leaves the spread unknown, as `high`."""
-    high: float
+    low: float | None
+    """None where the values leave the spread unknown, one alone or all equal, as `high`."""
+    high: float | None
     n: int
     """How many values."""
 
     @property
     def excludes_zero(self) -> bool:
         """Whether the interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def interval(values: Sequence[float] | Array) -> Interval:
@@ -35,8 +35,8 @@ def interval(values: Sequence[float] | Array) -> Interval:
     """
     found = np.asarray(values, dtype=float)
     mean, n = float(found.mean()), len(found)
-    if n < 2:
-        return Interval(mean, math.nan, math.nan, n)
+    if n < 2 or np.ptp(found) == 0:
+        return Interval(mean, None, None, n)
     half = t_quantile(n - 1) * float(found.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 

@@ -18,7 +18,6 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -160,12 +159,13 @@ def make_scores(options: argparse.Namespace) -> int:
     pool = found["test"]
     for name, method in known.items():
         for budget in options.budgets:
+            fixed = None if method.draws else method.select(pool, budget, 0)
             for seed in options.seeds:
-                if seed == options.seeds[0] or method.draws:
-                    selection = method.select(pool, budget, seed)
-                keep("test", name, budget, seed, selection.rows)
-                if not method.draws:
-                    keep("test", f"matched {name}", budget, seed, matched_random(selection, pool.plain, seed=seed).rows)
+                if fixed is None:
+                    keep("test", name, budget, seed, method.select(pool, budget, seed).rows)
+                else:
+                    keep("test", name, budget, seed, fixed.rows)
+                    keep("test", f"matched {name}", budget, seed, matched_random(fixed, pool.plain, seed=seed).rows)
     pq.write_table(pa.Table.from_pylist(chosen), options.work / "selections.parquet", compression="zstd")
     about = {
         "model": f"{model.num_parameters() / 1e6:.1f} M parameters", "device": store.manifest.cost[-1]["device"],
@@ -186,25 +186,33 @@ def selections(options: argparse.Namespace, pool: str) -> dict[tuple[str, str, i
     return {(row["method"], row["budget"], row["seed"]): row["rows"] for row in table}
 
 
-def tuning_runs() -> list[Run]:
+def settings(options: argparse.Namespace) -> Run:
+    """What all trainings have in common; with other settings they are other runs."""
+    return {"epochs": options.epochs, "tokens_per_step": options.tokens_per_step}
+
+
+def tuning_runs(options: argparse.Namespace) -> list[Run]:
     """Trainings on random selections of the development pool."""
-    return [{"learning_rate": rate, "seed": seed} for seed in TUNING_SEEDS for rate in LEARNING_RATES]
+    return [
+        {"learning_rate": rate, "seed": seed, **settings(options)} for seed in TUNING_SEEDS for rate in LEARNING_RATES
+    ]
 
 
 def test_runs(options: argparse.Namespace) -> Iterator[Run]:
     """Trainings on selections of the test pool, the most important first, each over all seeds before the next begins."""
     from methods import FIRST
 
+    common = {"learning_rate": best_learning_rate(options), **settings(options)}
     known = list(dict.fromkeys(method for method, _, _ in selections(options, "test")))
     wanted = [name for name in known if not options.methods or name.removeprefix("matched ") in options.methods]
     first = [name for name in wanted if name.removeprefix("matched ") in FIRST]
     rest = [name for name in wanted if name not in first]
-    yield {"method": NOTHING, "budget": "", "seed": 0}
+    yield {"method": NOTHING, "budget": "", "seed": 0, **common}
     for group in (first, rest):
         group.sort(key=lambda name: name.startswith("matched "))
         for budget in options.budgets:
             for name in group:
-                yield from ({"method": name, "budget": budget, "seed": seed} for seed in options.seeds)
+                yield from ({"method": name, "budget": budget, "seed": seed, **common} for seed in options.seeds)
 
 
 def tune(options: argparse.Namespace) -> int:
@@ -219,17 +227,18 @@ def tune(options: argparse.Namespace) -> int:
         model, facts = bench.train(rows, run["learning_rate"], run["seed"])
         return facts | examination(model)
 
-    workers.work(options.work, "tune", tuning_runs(), do, options.shard, options.started + options.seconds)
+    workers.work(options.work, "tune", tuning_runs(options), do, options.shard, options.started + options.seconds)
     return 0
 
 
 def best_learning_rate(options: argparse.Namespace) -> float:
     """The rate with the lowest mean held-out loss over the tuning seeds."""
-    results = workers.finished(options.work, "tune")
-    if len(results) < len(tuning_runs()):
-        raise SystemExit(f"{len(results)} of {len(tuning_runs())} tuning runs are finished: run the stage `tune` first")
+    wanted = {workers.key_of(run) for run in tuning_runs(options)}
+    results = [one for one in workers.finished(options.work, "tune") if workers.key_of(one["run"]) in wanted]
+    if len(results) < len(wanted):
+        raise SystemExit(f"{len(results)} of {len(wanted)} tuning runs are finished: run the stage `tune` first")
     losses = {
-        rate: float(np.mean([macro(r["loss"]) for r in results if r["run"]["learning_rate"] == rate]))
+        rate: float(np.mean([macro(one["loss"]) for one in results if one["run"]["learning_rate"] == rate]))
         for rate in LEARNING_RATES
     }
     return min(losses, key=losses.__getitem__)
@@ -244,16 +253,16 @@ def train(options: argparse.Namespace) -> int:
     """Train on selections of the test pool."""
     if options.workers:
         return launch(options)
-    rate, chosen = best_learning_rate(options), selections(options, "test")
+    chosen, runs = selections(options, "test"), list(test_runs(options))
     bench, examination = prepared(options, "test")
 
     def do(run: Run) -> dict[str, Any]:
         if run["method"] == NOTHING:
             return examination(bench.base)
-        model, facts = bench.train(chosen[run["method"], run["budget"], run["seed"]], rate, run["seed"])
+        rows = chosen[run["method"], run["budget"], run["seed"]]
+        model, facts = bench.train(rows, run["learning_rate"], run["seed"])
         return facts | examination(model)
 
-    runs = list(test_runs(options))
     workers.work(options.work, "train", runs, do, options.shard, options.started + options.seconds)
     return 0
 
@@ -277,9 +286,7 @@ def prepared(options: argparse.Namespace, pool: str) -> tuple[Any, Any]:
     """What trains on a pool, and what examines the models."""
     from training import Bench, Examination, Settings
 
-    bench = Bench(
-        options.model, part(options, pool), Settings(epochs=options.epochs, tokens_per_step=options.tokens_per_step)
-    )
+    bench = Bench(options.model, part(options, pool), Settings(**settings(options)))
     return bench, Examination(bench.tokenizer, part(options, f"{pool}_evaluation"), part(options, "questions"))
 
 
@@ -288,14 +295,11 @@ def table(options: argparse.Namespace) -> int:
     from verdict import report
 
     about = json.loads((options.work / "scores.json").read_text())
-    about |= {
-        "learning rate": best_learning_rate(options), "epochs": options.epochs, "tokens per step": options.tokens_per_step,
-        "sizes": asdict(pools.Sizes(**options.sizes)),
-    }  # fmt: skip
-    report(
-        options.results / f"evidence_selection{options.suffix}_{time.strftime('%Y-%m-%d')}",
-        about, part(options, "test"), selections(options, "test"), workers.finished(options.work, "train"), part(options, "questions"),
-    )  # fmt: skip
+    about |= {"learning_rate": best_learning_rate(options), **settings(options)}
+    wanted = {workers.key_of(run) for run in test_runs(options)}
+    runs = [one for one in workers.finished(options.work, "train") if workers.key_of(one["run"]) in wanted]
+    stem = options.results / f"evidence_selection{options.suffix}_{time.strftime('%Y-%m-%d')}"
+    report(stem, about, part(options, "test"), selections(options, "test"), runs, part(options, "questions"))
     return 0
 
 

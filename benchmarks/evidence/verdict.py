@@ -17,7 +17,7 @@ from selector.runtime import versions
 KINDS = ("shuffled", "truncated", "off_topic", "near_duplicate")
 CHEAP = 1.5
 """Training-step equivalents per sample that a default may cost."""
-Results = dict[tuple[str, str], dict[int, dict[str, Any]]]
+Results = dict[tuple[str, str], dict[int, Mapping[str, Any]]]
 """By method and budget, and then by seed."""
 
 
@@ -54,8 +54,8 @@ def report(
     facts["versions"] = versions() | dict(about["versions"])
     lines = [
         f"# Does a selection train a better model? {facts['date']}", "",
-        f"{about['model']}, {about['device']}; learning rate {about['learning rate']:g}, {about['epochs']} epochs, steps of about "
-        f"{about['tokens per step']} tokens; {len(pool)} rows of {len({row['source'] for row in pool})} sources, of which "
+        f"{about['model']}, {about['device']}; learning rate {about['learning_rate']:g}, {about['epochs']} epochs, steps of about "
+        f"{about['tokens_per_step']} tokens; {len(pool)} rows of {len({row['source'] for row in pool})} sources, of which "
         + ", ".join(f"{share:.0%} {kind}" for kind, share in facts["rates"].items()) + ".", "",
         "Loss is the mean over sources of the held-out loss on clean rows, nats/token; lower is better. Differences are paired by "
         "training seed, with 95 % t-intervals; a negative one says that the method trains the better model. *Matched* is random "
@@ -150,6 +150,8 @@ def shown(found: Interval | None) -> str:
     """A difference with its interval, bold where it excludes zero."""
     if found is None:
         return ""
+    if found.low is None:
+        return f"{found.mean:+.4f}"
     text = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
     return f"**{text}**" if found.excludes_zero else text
 
@@ -159,8 +161,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     said = []
     for key, rival in (("to_random", "random"), ("to_matched", "length-matched random")):
         against = [row for row in rows if row[key] is not None and row[key].n > 1 and row["method"] != "random"]
-        better = [row["method"] for row in against if row[key].high < 0]
-        worse = [row["method"] for row in against if row[key].low > 0]
+        better = [row["method"] for row in against if row[key].excludes_zero and row[key].mean < 0]
+        worse = [row["method"] for row in against if row[key].excludes_zero and row[key].mean > 0]
         if against:
             said.append(
                 f"Against {rival}, of {len(against)} methods {len(better)} train a better model ({', '.join(better) or 'none'}) and "
@@ -170,7 +172,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     both = [
         row
         for row in rows
-        if all(row[key] and row[key].n > 1 and row[key].high < 0 for key in ("to_random", "to_matched"))
+        if all(row[key] and row[key].excludes_zero and row[key].mean < 0 for key in ("to_random", "to_matched"))
     ]
     cheap = [row["method"] for row in both if row["cost"] <= CHEAP]
     said.append(
