@@ -30,7 +30,7 @@ from selector.sampling.sampler import SelectionSampler
 from selector.sampling.spectral import RefreshSignal, evenly_spaced
 from selector.scorer.features import FeatureExtractor
 from selector.scorer.measure import measure, measure_in_step, padded_tokens
-from selector.scorer.processes import most
+from selector.scorer.processes import of_each
 from selector.scorer.progress import Progress
 from selector.scorer.sharding import is_sharded
 
@@ -103,7 +103,7 @@ class Refresh:
         # what a training step may take, a pass without gradients of weights may take too
         budget = self.trainer.args.train_batch_size * max(padded_tokens([sample]) for sample in due)
         filler = min(due, key=lambda sample: (sample.n_tokens, sample.row))
-        rounds = most(len(token_budget_batches(mine, budget)), state) if self._sharded else 0
+        rounds = max(of_each(len(token_budget_batches(mine, budget)), state)) if self._sharded else 0
         if self._pairs:
             mine = self._with_references(mine, budget, rounds, filler)
         found: list[tuple[int, tuple[float, int]]] = []
