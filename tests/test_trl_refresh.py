@@ -164,6 +164,18 @@ def test_the_likeliest_samples_come_before_their_turn() -> None:
     assert sorted(position for due in rounds for position in due if position != 7) == [0, 1, 2, 3]
 
 
+def test_a_restored_signal_finds_the_same_samples_due() -> None:
+    signal, restored = (RefreshSignal(pool_share=0.3) for _ in range(2))
+    for each in (signal, restored):
+        each.bind(np.array(list("abcdefghij")), np.arange(10.0))
+    for step in range(1, 4):
+        due = signal.due(signal.weights(), step)
+        signal.refreshed(due, np.linspace(1, 2, 3), np.arange(1, 4), step)
+    restored.load_state_dict(signal.state_dict())
+    assert restored.due(restored.weights(), 4).tolist() == signal.due(signal.weights(), 4).tolist()
+    assert RefreshSignal(pool_share=0.3).identity() == signal.identity() != RefreshSignal(pool_share=0.2).identity()
+
+
 def test_what_cannot_be_scored_again_is_refused(tmp_path: Path) -> None:
     for kind in ("grpo", "rloo"):
         with pytest.raises(IntegrationError, match=r"(?s)old rollouts do not show.*online='tap'"):
