@@ -230,13 +230,13 @@ def trainings(options: argparse.Namespace, wanted: list[Run]) -> int:
 def signal_of(sampler: str, angles: Mapping[str, float]) -> Any:
     """What the weights of a sampler follow; None for equal ones."""
     from selector.sampling import FocusSignal, RewardSignal
-    from selector.sampling.spectral import SpectrumSignal
+    from selector.sampling.spectral import TapSignal
 
     return {
         "uniform": lambda: None,
         "learnability": lambda: RewardSignal(richness=0.0),
         "angles": lambda: FocusSignal(angles),
-        "spectral": lambda: SpectrumSignal(share=None),
+        "spectral": lambda: TapSignal(share=None),
         "mixed": lambda: RewardSignal(richness=0.5, angles=angles),
     }[sampler]()
 
