@@ -27,8 +27,11 @@ def semidefinite(batch: int, size: int, kind: str, seed: int = 0) -> torch.Tenso
     return x @ x.mT
 
 
-# One program each, and as many as share a matrix where there are few.
-@pytest.mark.parametrize(("batch", "size"), [(600, 64), (600, 192), (3, 128), (2, 512), (1, 1024), (40, 320)])
+# One program each, in registers up to 128, and as many as share a matrix where there are few.
+SIZES = [(600, 1), (600, 37), (600, 64), (600, 101), (3, 128), (600, 192), (600, 320), (2, 512), (1, 1024), (40, 320)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "size"), SIZES)
 @pytest.mark.parametrize("kind", ["random", "decaying", "rank deficient", "padded", "graded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kernels_agree_with_lapack(batch, size, kind, dtype):

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from selector.batching import padded_length
+
 Segment = tuple[int, int, int]
 """Sample, first token and end of a run of its tokens in a batch that is one long sequence."""
 
@@ -40,7 +42,7 @@ class TokenMap:
             return tensor.reshape(self.samples, -1, width)
         source, owner, place = (index.to(tensor.device) for index in self._places)
         self._places = source, owner, place  # moved once, not for every layer
-        rows = tensor.new_zeros(self.samples, self._longest, width)
+        rows = tensor.new_zeros(self.samples, padded_length(self._longest, tensor.device), width)
         rows[owner, place] = tensor.reshape(-1, width)[source]
         return rows
 

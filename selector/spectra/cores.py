@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selector.spectra.linalg import root_eigenvalues, semidefinite_factor, uses_kernels
+from selector.spectra.linalg import padded_size, root_eigenvalues, semidefinite_factor
 from selector.spectra.threads import over_batch
 
 MEMORY = 1 << 30
@@ -39,11 +39,11 @@ class Core:
     squared: bool
     """Whether eigenvalues are sigma² (else singular values are sigma)."""
     scale: Float[Tensor, " N"]
-    """What the spectra are multiplied by, float64; NaN for a sample whose factors are not finite."""
+    """Power of two near ‖G‖ that the solver divides sigma by, float64, on the CPU; NaN for a sample that cannot be solved so."""
     frobenius: Float[Tensor, " N"]
-    """‖G‖_F, float64."""
+    """‖G‖_F, float64, on the CPU."""
     floor: Float[Tensor, " N"]
-    """Bound on the noise of a singular value, in the unit of the gradient, float64."""
+    """Bound on the noise of a singular value, in the unit of the gradient, float64, on the CPU."""
     dtype: torch.dtype
     """In which the eigen-solver starts; what its noise spoils is solved again in float64."""
     route: str
@@ -77,9 +77,9 @@ def solve(cores: Sequence[Core], memory: int | None = None) -> list[Float[Tensor
 
 
 def _padded(core: Core) -> torch.Size:
-    """Shape in which a core is solved: the kernels work on blocks of 64, and added zero rows only add zeros to a spectrum."""
+    """Shape in which a core is solved: added zero rows only add zeros to a spectrum."""
     shape = core.matrix.shape[-2:]
-    return torch.Size(-(-size // 64) * 64 for size in shape) if core.squared and uses_kernels(core.matrix) else shape
+    return torch.Size(padded_size(size, core.matrix) for size in shape) if core.squared else shape
 
 
 def _chunks(cores: Sequence[Core], members: list[int], shape: torch.Size, memory: int | None) -> Iterator[list[int]]:
@@ -101,18 +101,21 @@ def _chunks(cores: Sequence[Core], members: list[int], shape: torch.Size, memory
 def _solve_chunk(cores: list[Core], shape: torch.Size) -> list[Tensor]:
     """Spectra of cores that share kind, dtype and device, padded to one size; one wait for the GPU where the dtype is float32."""
     lengths = [len(core.matrix) for core in cores]
+    scale = torch.cat([core.scale for core in cores]).to(cores[0].matrix.device)
     if not cores[0].squared:
         values = over_batch(torch.linalg.svdvals, torch.cat([core.matrix for core in cores]))
     else:
         lefts = {id(core.left): core.left for core in cores if core.left is not None}
         factors = dict(zip(lefts, _factors(list(lefts.values()), shape), strict=True))
-        values = root_eigenvalues(_squares(cores, factors, [slice(None)] * len(cores), shape, cores[0].dtype)).double()
+        shares = scale.square().reciprocal().nan_to_num(0.0).split(lengths)
+        everything = [slice(None)] * len(cores)
+        values = root_eigenvalues(_squares(cores, factors, shares, everything, shape, cores[0].dtype)).double()
         noisy = _is_noisy(values).cpu() if cores[0].dtype == torch.float32 else torch.tensor(False)
         if noisy.any():
             samples = [flags.nonzero().flatten().to(values.device) for flags in noisy.split(lengths)]
-            squares = _squares(cores, factors, samples, shape, torch.float64)
+            squares = _squares(cores, factors, shares, samples, shape, torch.float64)
             values[noisy.to(values.device)] = root_eigenvalues(squares)
-    spectra = values.double() * torch.cat([core.scale for core in cores]).unsqueeze(-1)
+    spectra = values.double() * scale.unsqueeze(-1)
     return [part[:, : core.matrix.shape[-2]] for part, core in zip(spectra.split(lengths), cores, strict=True)]
 
 
@@ -130,20 +133,21 @@ def _factors(lefts: list[Tensor], shape: torch.Size) -> Sequence[Tensor]:
 def _squares(
     cores: list[Core],
     factors: dict[int, Tensor],
+    shares: Sequence[Tensor],
     samples: Sequence[Tensor | slice],
     shape: torch.Size,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The matrices whose eigenvalues are sigma², of some samples of each core, padded to one size by zeros."""
+    """The matrices whose eigenvalues are sigma² times a share, of some samples of each core, padded to one size by zeros."""
     chosen = [core.matrix[which] for core, which in zip(cores, samples, strict=True)]
     squares = chosen[0].new_zeros(sum(len(part) for part in chosen), *shape, dtype=dtype)
     into = squares.split([len(part) for part in chosen])
-    for core, which, part, out in zip(cores, samples, chosen, into, strict=True):
-        n = part.shape[-1]
+    for core, share, which, part, out in zip(cores, shares, samples, chosen, into, strict=True):
+        n, part = part.shape[-1], part.double()
         if core.left is not None:
             factor = factors[id(core.left)][which, :n, :n]
-            part = factor.mT @ part.double() @ factor
-        out[:, :n, :n] = part
+            part = factor.mT @ part @ factor
+        torch.mul(part, share[which, None, None], out=out[:, :n, :n])
     return squares
 
 

@@ -42,6 +42,8 @@ Precision = Literal["fast", "high", "reference", "auto"]
 
 ESCALATE = 0.1
 """`auto` solves a matrix again when its floor exceeds this share of ‖G‖_F / sqrt(R)."""
+IN_RANGE = (2.0**-60, 2.0**60)
+"""Norms of Gram matrices, of two multiplied, and of gradients, that float32 holds with all that counts; others are solved in high."""
 
 
 def singular_values(
@@ -84,9 +86,7 @@ def reduce_factors(
     check_factors(x, deltas, precision)
     chosen = precision if precision != "auto" else "fast" if x.element_size() < 4 else "high"
     cores = _reduce(x, deltas, chosen)
-    if precision != "auto" or chosen != "fast":
-        return cores
-    return _escalate(cores, x, deltas)
+    return _escalate(cores, x, deltas, precision) if chosen == "fast" else cores
 
 
 def check_factors(x: Tensor, deltas: Sequence[Tensor], precision: str) -> None:
@@ -131,31 +131,30 @@ def _reduce(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
 
 
 def _gram_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
-    eps = torch.finfo(_work_dtype(precision)).eps
-    x, x_scale = _operand(x, precision)
-    operands = [_operand(delta, precision) for delta in deltas]
-    rights = [_gram(delta) for delta, _ in operands]
-    live = torch.stack([right.diagonal(dim1=-2, dim2=-1) != 0 for right in rights]).any(0)
+    # All projections go through each step together, and what is one number per sample is reckoned on the host: a model has hundreds
+    # of projections, and launches of small kernels would be the whole bill.
+    rights = torch.stack([_gram(delta, precision) for delta in deltas])
+    live = (rights.diagonal(dim1=-2, dim2=-1) != 0).any(0)
     # Rows that no projection uses (padding, the last token) may hold anything; they must not even be multiplied by zero.
-    left = _gram(x).masked_fill(~(live.unsqueeze(-1) & live.unsqueeze(-2)), 0.0)
-    left_ok = _trace(left).isfinite()
-    left = left.masked_fill(~left_ok[:, None, None], 0.0)
-    cores = []
-    for right, (_, scale) in zip(rights, operands, strict=True):
-        ok = left_ok & _trace(right).isfinite()
-        right = right.masked_fill(~ok[:, None, None], 0.0)
-        scale = (x_scale * scale).masked_fill(~ok, torch.nan)
-        frobenius = (left * right).double().sum((-2, -1)).clamp_min(0).sqrt() * scale
-        # The Frobenius norm of a Gram matrix bounds its largest eigenvalue from above, and closely.
-        norms = torch.linalg.matrix_norm(left).double() * torch.linalg.matrix_norm(right).double()
-        size = left.shape[-1]
-        cores.append(
-            Core(
-                right, left, True, scale, frobenius, (eps * norms).sqrt() * scale, _work_dtype(precision),
-                f"{precision}: {size}x{size} Gram",
-            )
-        )  # fmt: skip
-    return cores
+    left = torch.where(live.unsqueeze(-1) & live.unsqueeze(-2), _gram(x, precision), 0.0)
+    # The Frobenius norm of a Gram matrix bounds its largest eigenvalue from above, and closely.
+    left_norm, right_norm, squares = _to_host(
+        torch.linalg.matrix_norm(left),
+        torch.linalg.matrix_norm(rights),
+        (left * rights).sum((-2, -1), dtype=torch.float64),
+    )
+    size = left_norm * right_norm
+    ok = _in_range(left_norm, precision) & _in_range(right_norm, precision) & _in_range(size, precision)
+    if not ok.all():
+        bad = (~ok).to(x.device)
+        rights[bad], left[bad.any(0)] = 0.0, 0.0
+    scale, eps = _power_of_two(size.sqrt(), ok), torch.finfo(_work_dtype(precision)).eps
+    frobenius, floor = (n.clamp_min(0).sqrt().masked_fill(~ok, torch.nan) for n in (squares, eps * size))
+    route = f"{precision}: {left.shape[-1]}x{left.shape[-1]} Gram"
+    return [
+        Core(rights[i], left, True, scale[i], frobenius[i], floor[i], _work_dtype(precision), route)
+        for i in range(len(deltas))
+    ]
 
 
 def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
@@ -170,14 +169,11 @@ def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list
     for delta, length in zip(doubles, lengths, strict=True):
         norm = torch.linalg.vector_norm(length, dim=-1)
         matrix = over_batch(_triangle, _finite(delta, norm).mT) @ right
-        scale = torch.where((x_norm * norm).isfinite(), 1.0, torch.nan)
-        size = matrix.shape[-1]
-        cores.append(
-            Core(
-                matrix, None, False, scale, torch.linalg.matrix_norm(matrix) * scale,
-                torch.finfo(torch.float64).eps * x_norm * norm * scale, torch.float64, f"{precision}: {size}x{size} triangular factors",
-            )
-        )  # fmt: skip
+        size, frobenius = _to_host(x_norm * norm, torch.linalg.matrix_norm(matrix))
+        scale = torch.ones_like(size).masked_fill(~size.isfinite(), torch.nan)
+        floor = torch.finfo(torch.float64).eps * size * scale
+        route = f"{precision}: {matrix.shape[-1]}x{matrix.shape[-1]} triangular factors"
+        cores.append(Core(matrix, None, False, scale, frobenius * scale, floor, torch.float64, route))
     return cores
 
 
@@ -188,30 +184,35 @@ def _triangle(matrices: Tensor) -> Tensor:
 def _gradient_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
     eps = torch.finfo(_work_dtype(precision)).eps
     live = torch.stack([(delta != 0).any(-1) for delta in deltas]).any(0)
-    x, x_scale = _operand(x.masked_fill(~live.unsqueeze(-1), 0.0), precision)
+    x = _operand(x.masked_fill(~live.unsqueeze(-1), 0.0), precision)
     cores = []
     for original in deltas:
-        delta, scale = _operand(original, precision)
+        delta = _operand(original, precision)
         gradient = matmul(delta.mT, x) if delta.shape[-1] <= x.shape[-1] else matmul(x.mT, delta)
-        frobenius = torch.linalg.matrix_norm(gradient, dtype=torch.float64)
-        ok = frobenius.isfinite()
-        scale = (x_scale * scale).masked_fill(~ok, torch.nan)
+        (norm,) = _to_host(torch.linalg.vector_norm(gradient, dim=(-2, -1), dtype=torch.float64))
+        ok = _in_range(norm, precision)
+        if not ok.all():
+            gradient[(~ok).to(x.device)] = 0.0
         size, squared = gradient.shape[-2], precision != "reference"
-        matrix = (outer_square(gradient) if squared else gradient).masked_fill_(~ok[:, None, None], 0.0)
-        cores.append(
-            Core(
-                matrix, None, squared, scale, frobenius * scale, (eps**0.5 if squared else eps) * frobenius * scale,
-                _work_dtype(precision), f"{precision}: {size}x{size} " + ("Gram of G" if squared else "G"),
-            )
-        )  # fmt: skip
+        scale = _power_of_two(norm, ok) if squared else torch.ones_like(norm).masked_fill(~ok, torch.nan)
+        frobenius = norm.masked_fill(~ok, torch.nan)
+        floor = (eps**0.5 if squared else eps) * frobenius
+        route = f"{precision}: {size}x{size} " + ("Gram of G" if squared else "G")
+        matrix = outer_square(gradient) if squared else gradient
+        cores.append(Core(matrix, None, squared, scale, frobenius, floor, _work_dtype(precision), route))
     return cores
 
 
-def _escalate(cores: list[Core], x: Tensor, deltas: Sequence[Tensor]) -> list[Core]:
-    """The cores with those samples added in high whose floor comes near their typical singular value; one wait for the GPU."""
+def _escalate(cores: list[Core], x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
+    """The cores of fast with those samples added in high that float32 cannot hold.
+
+    These are samples out of its range, zero ones among them, and for `auto` those whose floor comes near their typical singular value.
+    """
     if not cores:
         return cores
-    need = torch.stack([core.floor * core.matrix.shape[-2] ** 0.5 > ESCALATE * core.frobenius for core in cores])
+    need = torch.stack([core.scale for core in cores]).isnan()
+    if precision == "auto":
+        need |= torch.stack([core.floor * core.matrix.shape[-2] ** 0.5 > ESCALATE * core.frobenius for core in cores])
     for i, flags in enumerate(need.tolist()):
         if any(flags):
             samples = torch.tensor([n for n, flag in enumerate(flags) if flag], device=x.device)
@@ -224,25 +225,34 @@ def _work_dtype(precision: str) -> torch.dtype:
     return torch.float32 if precision == "fast" else torch.float64
 
 
-def _operand(values: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """The values in the dtype of the products, and the power of two per sample that keeps float32 squares in range."""
+def _operand(values: Tensor, precision: str) -> Tensor:
+    """The values in a dtype whose products `precision` allows: 16 bits stay as they are in fast."""
     if precision != "fast":
-        return values.double(), values.new_ones(len(values), dtype=torch.float64)
-    if values.dtype == torch.float16 or not values.numel():  # the square of a float16 fits a float32
-        return values, values.new_ones(len(values), dtype=torch.float64)
-    values = values.float() if values.dtype == torch.float64 else values
-    norm = torch.linalg.vector_norm(values, dim=(1, 2), dtype=torch.float64)
-    exponent = torch.where(norm.isfinite(), torch.frexp(norm).exponent, 0).clamp(-126, 126)
-    ones = torch.ones_like(norm)
-    return values * torch.ldexp(ones, -exponent).to(values.dtype)[:, None, None], torch.ldexp(ones, exponent)
+        return values.double()
+    return values.float() if values.element_size() == 8 else values
 
 
-def _gram(values: Tensor) -> Tensor:
-    return matmul(values, values.mT)
+def _gram(values: Tensor, precision: str) -> Tensor:
+    operand = _operand(values, precision)
+    return matmul(operand, operand.mT)
 
 
-def _trace(matrices: Tensor) -> Tensor:
-    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+def _to_host(*numbers: Tensor) -> list[Tensor]:
+    """Tensors on the CPU in float64, in one transfer."""
+    joined = torch.cat([tensor.flatten().double() for tensor in numbers]).cpu()
+    parts = joined.split([tensor.numel() for tensor in numbers])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, numbers, strict=True)]
+
+
+def _in_range(size: Tensor, precision: str) -> Tensor:
+    low, high = IN_RANGE if precision == "fast" else (0.0, torch.finfo(torch.float64).max)
+    return (size >= low) & (size <= high)
+
+
+def _power_of_two(size: Tensor, ok: Tensor) -> Tensor:
+    """The power of two next above a size, by which numbers are divided without rounding; 1 for zeros, NaN where not ok."""
+    power = torch.where(size > 0, size / torch.frexp(size).mantissa, 1.0)
+    return power.masked_fill(~ok, torch.nan)
 
 
 def _finite(matrices: Tensor, norms: Tensor) -> Tensor:

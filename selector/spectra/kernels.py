@@ -32,17 +32,17 @@ SMALLEST_PIVOT = 1e-30
 """Pivots of a Sturm count that are smaller count as this, below zero: a zero one would divide zero by zero."""
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The least power of two that is no smaller."""
     return 1 << (n - 1).bit_length()
 
 
-def _kernel(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[..., Any], **options: Any) -> Any:
     """`triton.jit` of a function as it is written here, without the type checks that an import hook may have put around it."""
-    return triton.jit(inspect.unwrap(function))
+    return triton.jit(inspect.unwrap(function), **options)
 
 
-@_kernel
+@kernel
 def _barrier(counter, target, GROUP: tl.constexpr):
     """Wait until all programs of a group have come here `target` times, and see what they have written."""
     tl.debug_barrier()
@@ -53,21 +53,21 @@ def _barrier(counter, target, GROUP: tl.constexpr):
         tl.debug_barrier()
 
 
-@_kernel
+@kernel
 def _reflector(column, at, k, inverse):
     """Entries of the reflector of column k: 0 up to k, then 1, then the scaled column."""
     v = tl.load(column + at) * inverse
     return tl.where(at > k + 1, v, tl.where(at == k + 1, 1.0, 0.0))
 
 
-@_kernel
+@kernel
 def _block(u, last):
     """Row and column of the u-th block on or above the diagonal, counted from the last block backwards."""
     t = ((tl.sqrt(8.0 * u + 1.0) - 1.0) * 0.5 + 1e-3).to(tl.int32)
     return last - t, last - (u - t * (t + 1) // 2)
 
 
-@_kernel
+@kernel
 def _tridiagonalize(
     a_ptr, d_ptr, e_ptr, work_ptr, counter_ptr, n, batch, n_groups, work_stride, negligible,
     GROUP: tl.constexpr, PANEL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -246,7 +246,7 @@ def _tridiagonalize(
                 _barrier(counter, target, GROUP)
 
 
-@_kernel
+@kernel
 def _count(x, d, e2, n, tiny):
     """Number of eigenvalues of the tridiagonal below x, by the signs of the pivots of T - x."""
     count = tl.zeros_like(x).to(tl.int32)
@@ -258,7 +258,7 @@ def _count(x, d, e2, n, tiny):
     return count
 
 
-@_kernel
+@kernel
 def _bisect_roots(
     d_ptr, e_ptr, out_ptr, e2_ptr, count_ptr, n, steps, tiny,
     LANES: tl.constexpr, SIZE: tl.constexpr,
@@ -321,7 +321,7 @@ def tridiagonalize(matrices: Float[Tensor, "N n n"]) -> tuple[Float[Tensor, "N n
         group *= 2
     groups = batch if group == 1 else min(batch, slots // group)
     panel = 8 if n <= 1024 else 16
-    padded_blocks = _power_of_two(blocks)
+    padded_blocks = power_of_two(blocks)
     stride = (4 * panel + 1 + padded_blocks) * n + -(-group * (2 * panel + 2) // 64) * 64
     diagonal = matrices.new_empty(batch, n)
     off_diagonal = matrices.new_zeros(batch, n)
@@ -349,7 +349,7 @@ def bisect_roots(diagonal: Float[Tensor, "N n"], off_diagonal: Float[Tensor, "N 
         Roots, descending, each within 2^-23 (float32) or 2^-30 (float64) of the largest; negative eigenvalues give about 0.
     """
     batch, n = diagonal.shape
-    size = _power_of_two(n)
+    size = max(power_of_two(n), 32)
     lanes = min(size, 512)
     blocks = -(-n // lanes)
     steps = (23 if diagonal.dtype == torch.float32 else 30) - (lanes.bit_length() - 1)

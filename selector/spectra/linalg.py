@@ -23,7 +23,7 @@ def root_eigenvalues(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n"]:
     """Square roots of the eigenvalues of positive semidefinite matrices.
 
     Args:
-        matrices: finite, float32 or float64, read on and above the diagonal; overwritten. For the kernels n is a multiple of 64.
+        matrices: finite, float32 or float64, read on and above the diagonal, of a size that `padded_size` leaves as it is; overwritten.
 
     Returns:
         Roots, descending, with errors of sqrt(ε) of the largest one; eigenvalues that rounding made negative count as zero.
@@ -33,12 +33,12 @@ def root_eigenvalues(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n"]:
         return matrices.new_zeros(matrices.shape[:2])
     if not uses_kernels(matrices):
         return over_batch(_upper_eigenvalues, matrices).clamp_min(0).sqrt().flip(-1)
-    from selector.spectra.kernels import bisect_roots, tridiagonalize
+    from selector.spectra.kernels import bisect_roots
 
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
     largest, trace = diagonal.amax(-1), diagonal.sum(-1)
     scale = torch.where(largest > 0, largest, 1.0)
-    roots = bisect_roots(*tridiagonalize(matrices.div_(scale[:, None, None]))) * scale.sqrt().unsqueeze(-1)
+    roots = bisect_roots(*_tridiagonalize(matrices.div_(scale[:, None, None]))) * scale.sqrt().unsqueeze(-1)
     # eigenvalues add up to the trace: a kernel that went wrong must not pass unseen
     off = (roots.square().sum(-1) - trace).abs() > TRACE_TOLERANCE * trace
     return roots.masked_fill(off.unsqueeze(-1), torch.nan)
@@ -116,6 +116,29 @@ def matmul(a: Float[Tensor, "N m k"], b: Float[Tensor, "N k n"]) -> Float[Tensor
 def uses_kernels(tensor: Tensor) -> bool:
     """Whether matrices like this one are solved by the Triton kernels."""
     return tensor.is_cuda and torch.version.hip is None and _has_triton()
+
+
+def padded_size(size: int, like: Tensor) -> int:
+    """Size to which matrices are best padded with zeros before their eigenvalues are sought.
+
+    Args:
+        size: of the matrices.
+        like: tells their dtype and device.
+    """
+    if not uses_kernels(like):
+        return size
+    from selector.spectra.kernels import TILE
+    from selector.spectra.resident import LARGEST
+
+    return size if size <= LARGEST else -(-size // TILE) * TILE
+
+
+def _tridiagonalize(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """By the kernels that hold a whole matrix in registers, where it fits; matrices are destroyed."""
+    from selector.spectra.kernels import tridiagonalize
+    from selector.spectra.resident import LARGEST, tridiagonalize_resident
+
+    return tridiagonalize_resident(matrices) if matrices.shape[-1] <= LARGEST else tridiagonalize(matrices)
 
 
 def _upper_eigenvalues(matrices: Tensor) -> Tensor:
