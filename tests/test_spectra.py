@@ -203,6 +203,20 @@ def test_projections_share_the_gram_of_x_and_layers_are_solved_together():
         torch.testing.assert_close(one, all_, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("bad", [0.0, 1e-30, torch.nan])
+def test_a_projection_out_of_range_leaves_those_that_share_its_input_alone(precision, bad):
+    x, q = factors(2, 16, 32, 32)
+    k = factors(2, 16, 32, 24, seed=1)[1]
+    k[0] *= bad
+    found = spectra.solve(spectra.reduce_factors(x, [q, k], precision))
+    alone = spectra.singular_values(x, q, precision)
+    torch.testing.assert_close(found[0], alone, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[1][1], spectra.singular_values(x, k, precision)[1], rtol=1e-5, atol=0)
+    if bad == 1e-30:
+        torch.testing.assert_close(found[1][0], dense(x, k)[0], rtol=2e-3, atol=0)
+
+
 def test_core_reports_the_frobenius_norm():
     x, delta = factors(2, 16, 32, 24)
     for precision in PRECISIONS:

@@ -144,10 +144,11 @@ def _gram_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Cor
         (left * rights).sum((-2, -1), dtype=torch.float64),
     )
     size = left_norm * right_norm
-    ok = _in_range(left_norm, precision) & _in_range(right_norm, precision) & _in_range(size, precision)
+    left_ok = _in_range(left_norm, precision)
+    ok = left_ok & _in_range(right_norm, precision) & _in_range(size, precision)
     if not ok.all():
-        bad = (~ok).to(x.device)
-        rights[bad], left[bad.any(0)] = 0.0, 0.0
+        rights[(~ok).to(x.device)] = 0.0
+        left[(~left_ok).to(x.device)] = 0.0
     scale, eps = _power_of_two(size.sqrt(), ok), torch.finfo(_work_dtype(precision)).eps
     frobenius, floor = (n.clamp_min(0).sqrt().masked_fill(~ok, torch.nan) for n in (squares, eps * size))
     route = f"{precision}: {left.shape[-1]}x{left.shape[-1]} Gram"
