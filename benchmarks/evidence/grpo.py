@@ -116,6 +116,7 @@ def parts(prompts: int) -> dict[str, list[Row]]:
 
 def warm(options: argparse.Namespace) -> int:
     """Teach the model the form of the answers, and score the prompts with it."""
+    import torch
     from datasets import Dataset
     from training import Bench, Settings, encode, log_likelihoods
 
@@ -144,6 +145,7 @@ def warm(options: argparse.Namespace) -> int:
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(options.work / "warm")
     bench.tokenizer.save_pretrained(options.work / "warm")
+    torch.set_float32_matmul_precision("highest")  # scoring's self-test allows a float32 model no more than rounding
     config = ScoreConfig(id_column="id", scorers=("spectra", "angle_concentration"))
     score_dataset(plain, bench.tokenizer, Dataset.from_list(found["pool"]), options.work / "features", config)
     return 0

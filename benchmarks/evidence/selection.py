@@ -107,7 +107,7 @@ def make_scores(options: argparse.Namespace) -> int:
     """Score both pools, fit the combinations on the development pool, and make every selection of both."""
     import datasets
     import torch
-    from methods import COSTS, FORWARD, PARTS, Scored, fit_combination, methods
+    from methods import COSTS, FORWARD, PARTS, WITHIN, Scored, fit_combination, methods
 
     from selector.config import ScoreConfig
     from selector.scorer import load_model, score_dataset
@@ -126,7 +126,8 @@ def make_scores(options: argparse.Namespace) -> int:
     found = {}
     for name in ("development", "test"):
         store = scored(name, part(options, name), ("spectra", *FORWARD), SKETCH)
-        found[name] = Scored(store, scored(f"{name}_target", part(options, f"{name}_target"), ("spectra",), SKETCH))
+        target = scored(f"{name}_target", part(options, f"{name}_target"), ("spectra",), SKETCH)
+        found[name] = Scored(store, target, np.array([row["noise"] == "" for row in part(options, name)]))
     sample = part(options, "test")[:COST_ROWS]
     costs = {NOTHING: 0.0}
     for name, scorers in COSTS.items():
@@ -134,12 +135,12 @@ def make_scores(options: argparse.Namespace) -> int:
             sketch = SKETCH if "sketches" in name else 0
             store = scored(f"cost_{name.replace(', ', '_')}", sample, scorers, sketch)
             costs[name] = store.manifest.cost[-1]["epoch_ratio"]
-    clean = np.array([row["noise"] == "" for row in part(options, "development")])
-    ingredients = found["development"].ingredients
+    clean, ingredients = found["development"].clean, found["development"].ingredients
     weights = {
         name: fit_combination({key: one for key, one in ingredients.items() if belongs(key)}, clean)
         for name, belongs in PARTS.items()
     }
+    weights[f"combination{WITHIN}"] = fit_combination(found["development"].ingredients_within, clean)
     chosen: list[dict[str, Any]] = []
 
     def keep(pool: str, method: str, budget: str, seed: int, rows: np.ndarray) -> None:
@@ -161,11 +162,10 @@ def make_scores(options: argparse.Namespace) -> int:
         for budget in options.budgets:
             fixed = None if method.draws else method.select(pool, budget, 0)
             for seed in options.seeds:
-                if fixed is None:
-                    keep("test", name, budget, seed, method.select(pool, budget, seed).rows)
-                else:
-                    keep("test", name, budget, seed, fixed.rows)
-                    keep("test", f"matched {name}", budget, seed, matched_random(fixed, pool.plain, seed=seed).rows)
+                picked = method.select(pool, budget, seed) if fixed is None else fixed
+                keep("test", name, budget, seed, picked.rows)
+                if name != "random":
+                    keep("test", f"matched {name}", budget, seed, matched_random(picked, pool.plain, seed=seed).rows)
     pq.write_table(pa.Table.from_pylist(chosen), options.work / "selections.parquet", compression="zstd")
     about = {
         "model": f"{model.num_parameters() / 1e6:.1f} M parameters", "device": store.manifest.cost[-1]["device"],
@@ -209,10 +209,13 @@ def test_runs(options: argparse.Namespace) -> Iterator[Run]:
     rest = [name for name in wanted if name not in first]
     yield {"method": NOTHING, "budget": "", "seed": 0, **common}
     for group in (first, rest):
-        group.sort(key=lambda name: name.startswith("matched "))
-        for budget in options.budgets:
-            for name in group:
-                yield from ({"method": name, "budget": budget, "seed": seed, **common} for seed in options.seeds)
+        for control in (False, True):
+            for budget in options.budgets:
+                for name in group:
+                    if name.startswith("matched ") == control:
+                        yield from (
+                            {"method": name, "budget": budget, "seed": seed, **common} for seed in options.seeds
+                        )
 
 
 def tune(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from methods import ORACLE
 from paired import Interval, interval
 
 from selector.runtime import versions
@@ -72,8 +73,11 @@ def report(
         "",
         *choices(results, questions, ["nothing", "random", *(rows[0]["method"] for rows in tables.values())]),
     ]
-    lines += ["", "## Weights of the combination (z-scores, fitted on the development pool)", ""]
-    lines += [f"- {name}: {weight:+.3f}" for name, weight in about["weights"]["combination"].items()]
+    lines += ["", "## Weights of the combinations (z-scores, fitted on the development pool)", ""]
+    lines += ["| ingredient | " + " | ".join(about["weights"]) + " |", "|---|" + "---|" * len(about["weights"])]
+    for name in about["weights"]["combination"]:
+        cells = [f"{own[name]:+.3f}" if name in own else "" for own in about["weights"].values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "Versions: " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items())]
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     content = {"about": facts, "tables": tables, "runs": list(runs)}
@@ -159,6 +163,7 @@ def shown(found: Interval | None) -> str:
 def verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the table says, in words."""
     said = []
+    rows = [row for row in rows if row["method"] != ORACLE]
     for key, rival in (("to_random", "random"), ("to_matched", "length-matched random")):
         against = [row for row in rows if row[key] is not None and row[key].n > 1 and row["method"] != "random"]
         better = [row["method"] for row in against if row[key].excludes_zero and row[key].mean < 0]
