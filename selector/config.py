@@ -96,7 +96,8 @@ class ScoreConfig:
     append: bool = _execution(False)
     """Score rows that were added at the end of the data set since the store was begun, too."""
     tokens_per_batch: int | None = _execution(None)
-    """Budget of tokens, padding included, of one forward and backward pass; found from the device's memory when none."""
+    """Budget of tokens, padding included, of one forward and backward pass; when none, found from the device's memory, and
+    4096 on a CPU and for a model that FSDP or DeepSpeed shards, where too large a batch cannot be tried again."""
     padding_free: bool = _execution(False)
     """Join sequences instead of padding them; pays with flash attention."""
     checkpoint: bool = _execution(False)

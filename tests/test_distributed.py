@@ -148,7 +148,9 @@ def test_two_processes_give_the_store_of_one(folder, alone):
 
 
 def test_sharded_model_gives_the_store_and_fingerprint_of_the_whole_one(folder, alone):
-    assert_equal(FeatureStore.open(folder / "sharded"), alone)
+    store = FeatureStore.open(folder / "sharded")
+    assert_equal(store, alone)
+    assert store.manifest.cost[-1]["tokens_per_batch"] == 300
 
 
 def test_nodes_without_a_shared_file_system_keep_parts_that_merge(folder, alone, tmp_path):
