@@ -50,6 +50,15 @@ def patched_modules(model: nn.Module) -> list[SelectorError]:
     ]  # fmt: skip
 
 
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far numbers of one sample may differ between batches, relatively.
+
+    Args:
+        dtype: of the model.
+    """
+    return TOLERANCE_32_BIT if dtype.itemsize >= 4 else TOLERANCE_16_BIT
+
+
 def self_test(extract: Extract, samples: Sequence[Sample], collate: Collate, dtype: torch.dtype) -> float:
     """Measure two samples alone and together and compare.
 
@@ -65,7 +74,7 @@ def self_test(extract: Extract, samples: Sequence[Sample], collate: Collate, dty
     Raises:
         NumericalError: it is beyond the tolerance of the model's number format; with the numbers.
     """
-    tolerance = TOLERANCE_32_BIT if dtype.itemsize >= 4 else TOLERANCE_16_BIT
+    tolerance = tolerance_of(dtype)
     pair = _two_lengths(samples)
     alone = [extract(collate([sample]))[0] for sample in pair]
     together = extract(collate(pair))
