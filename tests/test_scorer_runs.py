@@ -230,6 +230,25 @@ def test_log_probabilities_need_no_copy_of_the_logits_and_have_the_same_gradient
     torch.testing.assert_close(found, expected)
 
 
+def test_gradient_of_a_token_that_the_model_is_sure_of_is_more_than_rounding(small_llama, samples):
+    """Probabilities of 1 − 1e-3 … 1 − 1e-8, which float32 could not tell from 1."""
+    torch.manual_seed(0)
+    batch = collate(samples, 3)
+    logits = torch.randn(*batch.input_ids.shape, 37, dtype=torch.float32)
+    batch.input_ids.remainder_(37)
+    sure = torch.linspace(10, 22, logits.shape[1] - 1).expand(5, -1)[..., None]
+    logits[:, :-1].scatter_(2, batch.input_ids[:, 1:, None], sure)
+    logits += 25.0
+    found, exact = logits.requires_grad_(), logits.detach().double().requires_grad_()
+    values = []
+    for given in (found, exact):
+        values.append(sequence_log_probs(given, batch))
+        values[-1].sum().backward()
+    torch.testing.assert_close(values[0].double(), values[1], rtol=1e-5, atol=0)
+    assert found.grad is not None
+    torch.testing.assert_close(found.grad.double(), exact.grad, rtol=1e-5, atol=1e-20)
+
+
 # wrong numbers -------------------------------------------------------------------------------------------------------
 
 
