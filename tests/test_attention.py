@@ -208,6 +208,7 @@ def test_model_and_reference_that_mix_joined_sequences_are_refused(small_llama, 
 
 def test_attention_that_is_not_installed_is_refused_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     arguments = [
         "--model",
         str(TINY_MODEL),

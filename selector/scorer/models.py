@@ -50,28 +50,27 @@ def load_model(
     _check_path(name)
     on_cpu = torch.device(device).type == "cpu"
     wanted = "float32" if dtype == "auto" and on_cpu else dtype
-    problems = missing_attention(attention)
+    missing = missing_attention(attention)
+    problems = list(missing)
     model = tokenizer = None
     try:
         tokenizer = load_tokenizer(name, chat_template=chat_template, trust_remote_code=trust_remote_code)
     except SelectorError as error:
         problems.append(error)
-    settings: dict[str, Any] = {} if attention == "auto" or problems else {"attn_implementation": attention}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=wanted,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if allow_pickle else True,
-            **settings,
-        )
-    except Exception as error:  # transformers raises many kinds for a missing or broken model
-        fix = "check the name, the network, and that its weights are safetensors"
-        problems.append(
-            _loading_problem(
-                "model", name, error, fix + (f"; or leave out --attention {attention}" if settings else "")
+    if not missing:
+        settings: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=wanted,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if allow_pickle else True,
+                **settings,
             )
-        )
+        except Exception as error:  # transformers raises many kinds for a missing or broken model
+            fix = "check the name, the network, and that its weights are safetensors"
+            fix += f"; or leave out --attention {attention}" if settings else ""
+            problems.append(_loading_problem("model", name, error, fix))
     raise_all(problems)
     assert model is not None
     assert tokenizer is not None
