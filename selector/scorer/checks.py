@@ -101,7 +101,7 @@ def self_test(extract: Extract, samples: Sequence[Sample], collate: Collate, dty
                         f"self-test: {name} of {where} depends on its batch mates",
                         got=f"relative difference {difference:.2g} between alone and a batch of {padded_tokens(pair)} tokens",
                         allowed=f"{tolerance:g} for a {str(dtype).removeprefix('torch.')} model",
-                        fix="check --padding-free and attn_implementation (try sdpa or eager), dropout inside custom modules, and patched kernels",
+                        fix="check --padding-free and --attention (try sdpa or eager), dropout inside custom modules, and patched kernels",
                     )
                 )
     raise_all(problems)
