@@ -28,6 +28,7 @@ LossName = Literal["auto", "response", "chosen", "rejected", "dpo", "policy-grad
 Normalizer = Literal["dapo", "grpo", "dr_grpo"]
 Unit = Literal["group", "rollout"]
 Adapter = Literal["weight", "lora-pro", "raw"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 ROLES = (
@@ -96,9 +97,12 @@ class ScoreConfig:
     append: bool = _execution(False)
     """Score rows that were added at the end of the data set since the store was begun, too."""
     tokens_per_batch: int | None = _execution(None)
-    """Budget of tokens, padding included, of one forward and backward pass; found from the device's memory when none."""
+    """Budget of tokens, padding included, of one forward and backward pass; when none, found from the device's memory, and
+    4096 on a CPU and for a model that FSDP or DeepSpeed shards, where too large a batch cannot be tried again."""
     padding_free: bool = _execution(False)
-    """Join sequences instead of padding them; pays with flash attention."""
+    """Join sequences instead of padding them; pays with flash attention, and is refused where attention would mix them."""
+    attention: Attention = _execution("auto")
+    """How the model computes attention; auto is what transformers prefers."""
     checkpoint: bool = _execution(False)
     """Recompute each decoder layer in the backward pass: less memory, a third more time; for long sequences."""
     shard_rows: int = _execution(512)

@@ -41,6 +41,11 @@ class LayerSpec:
         """Short unique name, such as `12.q`."""
         return f"{self.layer}.{self.projection}"
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether it stands for a layer's routed experts: many matrices of which a sample hits some."""
+        return self.projection.startswith("expert_")
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:

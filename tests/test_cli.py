@@ -208,6 +208,28 @@ def test_rubbish_in_a_store_is_found(scored, tmp_path, capsys):
     assert "is damaged" in message(capsys, ["info", str(copy)])
 
 
+def test_settings_that_are_refused_say_so_in_their_own_words_all_at_once(capsys, tmp_path):
+    settings = ["--shard-rows", "0", "--sketch-dimension", "5", "--max-failed", "2"]
+    said = message(capsys, ["score", "--model", "m", "--data", "d", "--out", str(tmp_path / "s"), *settings])
+    assert said.startswith(
+        "error: 3 problems:\n1. shard_rows is too small\n  got:     0\n  allowed: 1 or more\n2. sketch_"
+    )
+    assert said.rstrip().endswith("next:    selector score --help")
+    assert "dummy" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [(["score", "--help"], 0, "--tokens-per-batch"), (["score", "--precision", "low"], 2, "invalid choice 'low'")],
+)
+def test_help_and_words_that_cannot_be_read_are_shown_once(capsys, words, code, part):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == code
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).count(part) == 1
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "selector", *arguments]
 

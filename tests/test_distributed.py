@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from selector.cli import main
 from selector.config import ScoreConfig
 from selector.forward import scorers
 from selector.scorer import score_dataset
@@ -21,6 +23,9 @@ from selector.types import MEASURES
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 13
 SCORERS = ("spectra", *scorers)
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_NUM_THREADS": "1",
+}  # fmt: skip
 
 WORKER = """
 import json, sys
@@ -94,14 +99,12 @@ def folder(tmp_path_factory, tokenizer) -> Path:
         vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=3, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path / "model")
+    tokenizer.save_pretrained(path / "model")
     (path / "worker.py").write_text(WORKER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
     done = subprocess.run(
         [*launcher, str(path / "worker.py"), str(path), str(ROWS), *SCORERS],
-        env=environment,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=120,
@@ -145,7 +148,9 @@ def test_two_processes_give_the_store_of_one(folder, alone):
 
 
 def test_sharded_model_gives_the_store_and_fingerprint_of_the_whole_one(folder, alone):
-    assert_equal(FeatureStore.open(folder / "sharded"), alone)
+    store = FeatureStore.open(folder / "sharded")
+    assert_equal(store, alone)
+    assert store.manifest.cost[-1]["tokens_per_batch"] == 300
 
 
 def test_nodes_without_a_shared_file_system_keep_parts_that_merge(folder, alone, tmp_path):
@@ -174,3 +179,79 @@ def test_failure_of_one_process_is_told_by_all_and_loses_no_finished_shard(folde
     )
     assert_equal(finished, alone)
     assert finished.manifest.cost[-1]["samples"] == ROWS - done
+
+
+def by_torchrun(node: int, processes: int, port: int) -> list[str]:
+    where = ["--rdzv_backend", "c10d", "--rdzv_id", "7", "--rdzv_endpoint", f"localhost:{port}"]
+    return [
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--node_rank",
+        str(node),
+        "--nproc_per_node",
+        str(processes),
+        *where,
+    ]
+
+
+def by_accelerate(node: int, processes: int, port: int) -> list[str]:
+    """Also without GPUs the launcher calls several processes on several machines so."""
+    machines = ["--num_machines", "2", "--machine_rank", str(node), "--num_processes", str(2 * processes)]
+    where = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--rdzv_backend", "static"]
+    settings = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    return ["accelerate.commands.launch", "--multi_gpu", *machines, *where, *settings]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [(by_torchrun, (2, 1)), pytest.param(by_accelerate, (1, 1), marks=pytest.mark.slow)],
+    ids=["torchrun", "accelerate"],
+)
+def test_command_line_on_two_nodes_and_merge(folder, alone, pool, tmp_path, capsys, launcher, processes):
+    """Each node has its own directory; what the nodes keep is verified, joined, and finished where a part was lost."""
+    port, rows = free_port(), tmp_path / "rows.jsonl"
+    pool.select(range(ROWS)).to_json(rows)
+    command = [
+        "score", "--model", str(folder / "model"), "--data", str(rows), "--with", *SCORERS,
+        "--shard-rows", "3", "--tokens-per-batch", "300", "--sketch-dimension", "4", "--out",
+    ]  # fmt: skip
+    nodes = [tmp_path / f"node{i}" / "features" for i in range(2)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", *launcher(i, count, port), "-m", "selector", *command, str(nodes[i])],
+            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i, count in enumerate(processes)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+
+    parts = [FeatureStore.open(node) for node in nodes]
+    assert sum(map(len, parts)) == ROWS
+    ranks = [{path.name.split("-")[0] for path in part.shard_paths()} for part in parts]
+    assert sorted(map(len, ranks)) == sorted(processes)
+    assert ranks[0].isdisjoint(ranks[1])
+    for node in nodes:  # sound as far as it goes, but a part of the whole
+        assert main(["verify", str(node)]) == 1
+        assert capsys.readouterr().err.count("error:") == 1
+
+    joined, partly = tmp_path / "joined", tmp_path / "partly"
+    assert main(["merge", *map(str, nodes), "--out", str(joined)]) == 0
+    assert main(["verify", str(joined)]) == 0
+    assert f"{ROWS} samples, all that the data set has" in capsys.readouterr().out
+    assert_equal(FeatureStore.open(joined), alone)
+
+    lost = next(iter(parts[1].shard_paths()))
+    lost.unlink()
+    assert main(["merge", *map(str, nodes), "--out", str(partly)]) == 0
+    assert "are missing" in capsys.readouterr().out
+    assert main([*command, str(partly)]) == 0
+    assert main(["verify", str(partly)]) == 0
+    assert_equal(FeatureStore.open(partly), alone)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,10 +25,14 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from selector.batching import collate
+from selector.cli.inspect import InfoCommand
 from selector.errors import ModelError
 from selector.gradients.experts import Routing, by_pair
 from selector.gradients.targets import find_targets, unmeasured
-from selector.scorer.features import FeatureExtractor
+from selector.scorer.features import FeatureExtractor, sample_row
+from selector.store import FeatureStore
+from selector.store.schema import EXPERTS_HIT, Manifest
+from selector.store.writer import StoreWriter, create, write_manifest, write_settings
 from selector.types import MEASURES
 
 LLAMA, MIXTRAL, QWEN = (FAMILIES[name] for name in ("llama", "mixtral", "qwen3_moe"))
@@ -70,6 +78,60 @@ def test_features_are_means_over_the_experts_hit_weighted_by_their_tokens(mixtra
         for name in MEASURES:
             expected = np.mean([dense_measures(gradient[e][half])[name] for e in experts.tolist()])
             assert row[name][i] == pytest.approx(expected, rel=1e-5), (target.spec.key, name)
+
+
+def test_experts_hit_are_those_that_the_router_chose_for_tokens_with_a_gradient(mixtral):
+    samples = random_samples(14, 3)
+    rows = features_of(mixtral, samples)
+    for sample in samples:
+        mask = torch.tensor(sample.sequences[0].loss_mask)
+        counting = [torch.arange(len(mask)) < len(mask) - 1, torch.cat([mask[1:], torch.tensor([False])])]
+        chosen = routed_tokens(mixtral, sample)
+        for i, target in enumerate(find_targets(mixtral)):
+            found, layer = rows[sample.sample_id][EXPERTS_HIT][i], target.spec.layer
+            if target.spec.is_routed:
+                assert found == len(set(chosen[layer][counting[layer]].flatten().tolist())), target.spec.key
+            else:
+                assert np.isnan(found)
+
+
+def test_experts_hit_are_a_column_that_older_shards_lack(mixtral, tmp_path, capsys):
+    specs = tuple(target.spec for target in find_targets(mixtral))
+    manifest = Manifest(identity={"model": "mixtral"}, layers=specs, expected=4)
+    store, rows = tmp_path / "store", features_of(mixtral, random_samples(14, 3, 9, 5))
+    create(store, manifest)
+    rows["s3"] = sample_row(random_samples(14, 3, 9, 5)[3], "nonfinite")
+    writer = StoreWriter(store, manifest, shard_rows=2)
+    for row in rows.values():
+        writer.add(row)
+    opened = FeatureStore.open(store)
+    assert opened.to_arrow().schema.field(EXPERTS_HIT).type.value_type == pa.uint16()
+    expected = np.stack([rows[f"s{i}"][EXPERTS_HIT] for i in range(3)] + [np.full(len(specs), np.nan)])
+    np.testing.assert_array_equal(opened.experts_hit(), expected)
+    assert InfoCommand(store=store).run() == 0
+    assert EXPERTS_HIT in capsys.readouterr().out
+
+    # the shard as it was before there was the column
+    (path, _) = opened.shard_paths()
+    table = pq.read_table(path)
+    path.unlink()
+    writer.write(table.drop_columns([EXPERTS_HIT]))
+    write_settings(store, replace(manifest, command={"command": "score"}))
+    write_manifest(store, manifest)
+    opened = FeatureStore.open(store)
+    assert opened.verify() == []
+    for columns in (None, ["row", EXPERTS_HIT]):
+        assert opened.to_arrow(columns)[EXPERTS_HIT].null_count == 0
+    expected[:2] = np.nan
+    np.testing.assert_array_equal(opened.experts_hit(), expected)
+    np.testing.assert_array_equal(opened.features("effective_rank")[0], rows["s0"]["effective_rank"])
+
+
+def test_a_model_without_experts_writes_no_such_column():
+    extractor_row = features_of(build(LLAMA), random_samples(5))["s0"]
+    specs = tuple(target.spec for target in find_targets(build(LLAMA)))
+    assert EXPERTS_HIT not in extractor_row
+    assert EXPERTS_HIT not in Manifest(identity={}, layers=specs, expected=1).schema.names
 
 
 def test_features_of_experts_do_not_depend_on_batch_mates_padding_or_order(mixtral):

@@ -5,6 +5,8 @@ Exit codes: 0 done; 1 `verify` found problems; 2 an error that the message expla
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -70,22 +72,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words:
         print(OVERVIEW, end="")
         return 0
-    choices = tuple(Annotated[command, tyro.conf.subcommand(command.name)] for command in COMMANDS)
-    command = tyro.cli(  # pyright: ignore[reportCallIssue]
-        Union[choices],  # noqa: UP007  # pyright: ignore[reportArgumentType]
-        prog="selector",
-        description=DESCRIPTION,
-        args=words,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
     try:
-        return command.run()
+        return _parse(words).run()
     except SelectorError as error:
-        print(f"error: {error}\n{what_next(command.name, error)}".rstrip(), file=sys.stderr)
+        print(f"error: {error}\n{what_next(words[0], error)}".rstrip(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _parse(words: Sequence[str]) -> Command:
+    """The command that the words name; ends the process with the parser's own message when it cannot read them.
+
+    Raises:
+        SelectorError: settings refused their values. The parser would frame the message and name fields of its own.
+    """
+    choices = tuple(Annotated[command, tyro.conf.subcommand(command.name)] for command in COMMANDS)
+
+    def parse() -> Command:
+        return tyro.cli(  # pyright: ignore[reportCallIssue]
+            Union[choices],  # noqa: UP007  # pyright: ignore[reportArgumentType]
+            prog="selector",
+            description=DESCRIPTION,
+            args=words,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return parse()
+    except SystemExit as end:
+        cause: BaseException | None = end
+        while cause is not None and not isinstance(cause, SelectorError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+    return parse()  # once more, for the terminal to see it
 
 
 def what_next(verb: str, error: SelectorError) -> str:

@@ -16,7 +16,7 @@ from tyro.conf import Positional
 from selector.cli.command import Command, console
 from selector.cli.replay import RunCommand
 from selector.errors import StoreError
-from selector.store.schema import CONFIG
+from selector.store.schema import CONFIG, EXPERTS_HIT
 
 if TYPE_CHECKING:
     from selector.store import FeatureStore
@@ -93,6 +93,10 @@ def _layer_medians(store: FeatureStore) -> Table:
         values = store.features(measure)
         columns = [values[:, [s.projection == name for s in store.layers]] for name in projections]
         table.add_row(measure, *(f"{np.nanmedian(c):.4g}" if not np.isnan(c).all() else "-" for c in columns))
+    if EXPERTS_HIT in store.manifest.schema.names:
+        hits = store.experts_hit()
+        columns = [hits[:, [s.projection == name for s in store.layers]] for name in projections]
+        table.add_row(EXPERTS_HIT, *(f"{np.nanmedian(c):.4g}" if not np.isnan(c).all() else "-" for c in columns))
     return table
 
 

@@ -87,14 +87,14 @@ class ScoreCommand(Command):
             try:
                 model, tokenizer = load_model(
                     self.model, self.config.dtype, device="cpu" if wants_sharding() else str(state.device),
-                    chat_template=self.chat_template, trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
+                    attention=self.config.attention, chat_template=self.chat_template, trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
                 )  # fmt: skip
             except SelectorError as error:
                 problems.append(error)
             try:
                 if self.reference_model is not None:
                     reference, _ = load_model(
-                        self.reference_model, self.config.dtype, device=state.device or "cpu",
+                        self.reference_model, self.config.dtype, device=state.device or "cpu", attention=self.config.attention,
                         trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle,
                     )  # fmt: skip
             except SelectorError as error:

@@ -117,27 +117,37 @@ def policy_gradient(sequences: Sequences, settings: LossSettings) -> Float[Tenso
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Log-probabilities of tokens that hold no float32 copy of the logits, which would be the largest tensor of the pass."""
+    """Log-probabilities of tokens that hold no float32 copy of the logits, which would be the largest tensor of the pass.
+
+    A model that is nearly sure of a token has a gradient of p − 1 there, and subtracting would leave nothing but the rounding
+    of p. So what the other tokens weigh is summed without it: with weights e of the logits less the largest, and r the sum
+    of all but the token's own, p − 1 = −r / (e + r) and ln p is ln e − ln(e + r).
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Float[Tensor, "P V"], tokens: Int[Tensor, " P"]) -> Float[Tensor, " P"]:
         exact = torch.promote_types(logits.dtype, torch.float32)
-        total = logits.new_empty(len(tokens), dtype=exact)
+        largest, others, log_probs = (logits.new_empty(len(tokens), dtype=exact) for _ in range(3))
         for rows in _pieces(len(tokens)):
-            total[rows] = logits[rows].to(exact).logsumexp(-1)
-        ctx.save_for_backward(logits, tokens, total)
-        return logits.gather(1, tokens[:, None]).squeeze(1).to(exact) - total
+            part, token = logits[rows].to(exact, copy=True), tokens[rows, None]
+            largest[rows] = part.amax(-1)
+            part.sub_(largest[rows, None])
+            own = part.gather(1, token).squeeze(1)
+            others[rows] = part.exp_().scatter_(1, token, 0.0).sum(-1)
+            log_probs[rows] = own - (own.exp() - 1.0 + others[rows]).log1p()
+        ctx.save_for_backward(logits, tokens, largest, others)
+        return log_probs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        logits, tokens, total = ctx.saved_tensors
+        logits, tokens, largest, others = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         # memory traffic is all that this costs: a piece is copied once and changed in place
         for rows in _pieces(len(tokens)):
-            part = logits[rows].to(total.dtype, copy=True)
-            part.sub_(total[rows, None]).exp_()
-            part[torch.arange(len(part), device=part.device), tokens[rows]] -= 1.0
-            gradient[rows] = part.mul_(-grads[0][rows, None])
+            part, token, rest = logits[rows].to(largest.dtype, copy=True), tokens[rows, None], others[rows, None]
+            part.sub_(largest[rows, None]).exp_()
+            whole = part.gather(1, token) + rest
+            gradient[rows] = part.scatter_(1, token, -rest).mul_(-grads[0][rows, None] / whole)
         return gradient, None
 
 

@@ -24,6 +24,12 @@ TOLERANCE_32_BIT = 1e-4
 TOLERANCE_16_BIT = 5e-2
 """Largest relative difference between a sample alone and in a batch, over the layers of a measure taken as one vector."""
 
+SCALE = "the length of the whole gradient"
+TOLERANCE_OF_SCALE = 1e-3
+"""The same in 32 bits for what all norms have in common. Where the model is nearly sure of a token its gradient is as the
+probability of all others: it moves relatively by what the logits move by absolutely, some 1e-4 for logits of 100. What a
+sample sees of others changes layers and spectra differently."""
+
 NEGLIGIBLE = 1e-6
 """Layers whose gradient is smaller than this share of the sample's largest hold rounding alone."""
 
@@ -50,6 +56,15 @@ def patched_modules(model: nn.Module) -> list[SelectorError]:
     ]  # fmt: skip
 
 
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far numbers of one sample may differ between batches, relatively.
+
+    Args:
+        dtype: of the model.
+    """
+    return TOLERANCE_32_BIT if dtype.itemsize >= 4 else TOLERANCE_16_BIT
+
+
 def self_test(extract: Extract, samples: Sequence[Sample], collate: Collate, dtype: torch.dtype) -> float:
     """Measure two samples alone and together and compare.
 
@@ -65,7 +80,6 @@ def self_test(extract: Extract, samples: Sequence[Sample], collate: Collate, dty
     Raises:
         NumericalError: it is beyond the tolerance of the model's number format; with the numbers.
     """
-    tolerance = TOLERANCE_32_BIT if dtype.itemsize >= 4 else TOLERANCE_16_BIT
     pair = _two_lengths(samples)
     alone = [extract(collate([sample]))[0] for sample in pair]
     together = extract(collate(pair))
@@ -80,13 +94,14 @@ def self_test(extract: Extract, samples: Sequence[Sample], collate: Collate, dty
             continue
         for name, difference in _differences(first, second).items():
             worst = max(worst, difference)
+            tolerance = tolerance_of(dtype) if name != SCALE else max(tolerance_of(dtype), TOLERANCE_OF_SCALE)
             if not difference <= tolerance:
                 problems.append(
                     NumericalError(
                         f"self-test: {name} of {where} depends on its batch mates",
                         got=f"relative difference {difference:.2g} between alone and a batch of {padded_tokens(pair)} tokens",
                         allowed=f"{tolerance:g} for a {str(dtype).removeprefix('torch.')} model",
-                        fix="check --padding-free and attn_implementation (try sdpa or eager), dropout inside custom modules, and patched kernels",
+                        fix="check --padding-free and --attention (try sdpa or eager), dropout inside custom modules, and patched kernels",
                     )
                 )
     raise_all(problems)
@@ -102,7 +117,7 @@ def _two_lengths(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _differences(first: dict, second: dict) -> dict[str, float]:
-    """Relative difference of each number, and of each measure over the layers that hold more than rounding."""
+    """Relative difference of each number, of each measure over the layers that hold more than rounding, and of their common scale."""
     if first["status"] != "ok":
         return {}
     present = [name for name in MEASURES if name in first]
@@ -111,10 +126,16 @@ def _differences(first: dict, second: dict) -> dict[str, float]:
         norms = first["frobenius_norm"]
         used = norms > NEGLIGIBLE * np.nanmax(norms)
         vectors = {name: (a[used], b[used]) for name, (a, b) in vectors.items()}
+        lengths = [np.linalg.norm(norms[used]) for norms in (first["frobenius_norm"], second["frobenius_norm"])]
+        for name in present:
+            if name.endswith("norm"):
+                vectors[name] = (vectors[name][0], vectors[name][1] * (lengths[0] / lengths[1]))
+        vectors[SCALE] = (lengths[:1], lengths[1:])
     numbers = {name for name, value in first.items() if isinstance(value, float)}
-    vectors |= {name: (np.array([first[name]]), np.array([second[name]], dtype=float)) for name in numbers}
+    vectors |= {name: ([first[name]], [second[name]]) for name in numbers}
     # a loss near zero, such as a group's whose advantages cancel, is compared in nats, and other numbers likewise in their unit
-    smallest = dict.fromkeys(present, 1e-30) | dict.fromkeys(numbers, 1.0)
+    smallest = dict.fromkeys(vectors, 1e-30) | dict.fromkeys(numbers, 1.0)
+    arrays = {name: (np.array(a, dtype=float), np.array(b, dtype=float)) for name, (a, b) in vectors.items()}
     return {
-        name: float(np.linalg.norm(a - b) / max(np.linalg.norm(a), smallest[name])) for name, (a, b) in vectors.items()
+        name: float(np.linalg.norm(a - b) / max(np.linalg.norm(a), smallest[name])) for name, (a, b) in arrays.items()
     }

@@ -26,6 +26,7 @@ from selector.gradients.targets import Target
 from selector.scorer.clocks import BACKWARD, FACTORS, FORWARD, SCORES, SPECTRA, Clocks
 from selector.scorer.sharding import without_engine
 from selector.spectra import Core, SketchConfig, measures, reduce_factors, sketch, solve
+from selector.store.schema import EXPERTS_HIT
 from selector.types import MEASURES
 
 
@@ -60,6 +61,7 @@ class FeatureExtractor:
         self.loss, self.reference = loss, reference
         self.clocks = Clocks()
         self._position = {target.spec.key: i for i, target in enumerate(targets)}
+        self._routed = [i for i, target in enumerate(targets) if target.spec.is_routed]
         self._cores: list[tuple[int, Core, ExpertRows | None]] = []
         self._sketches: dict[int, Tensor] = {}
         self._capture = GradientCapture(self.model, targets, self._take, checkpoint=checkpoint and bool(targets))
@@ -100,7 +102,7 @@ class FeatureExtractor:
             scores = {name: v.tolist() for name, v in self.scores(batch, logits, columns, self._logits).items()}
         del logits  # the largest tensor of the pass, which spectra need no more
         with self.clocks(SPECTRA, device):
-            features, measured = self._features(len(batch.samples), device)
+            features, measured, hits = self._features(len(batch.samples), device)
             sketches = self._joined_sketches(len(batch.samples))
         self.clocks.settle()
         rows = []
@@ -111,7 +113,7 @@ class FeatureExtractor:
                 status = "nonfinite"
             else:
                 status = "ok" if norms.any() or not self.targets else "zero_gradient"
-            arrays = {name: matrix[i] for name, matrix in (features | sketches).items()} if self.targets else {}
+            arrays = {name: matrix[i] for name, matrix in (features | hits | sketches).items()} if self.targets else {}
             rows.append(sample_row(batch.samples[i], status, loss, arrays | given))
         return rows
 
@@ -139,14 +141,19 @@ class FeatureExtractor:
                     )  # fmt: skip
                 self._sketches[position] = sketch(factors.x, delta, spec.key, self.sketch)
 
-    def _features(self, n_samples: int, device: torch.device) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Each measure as float32 [N, F], NaN where a layer got no gradient, and where it got one as bool [N, F].
+    def _features(
+        self, n_samples: int, device: torch.device
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
+        """Each measure as float32 [N, F], NaN where a layer got no gradient; where it got one as bool [N, F]; experts hit.
 
-        Routed experts of a layer have the mean over the experts that a sample hits, weighted by its tokens there.
+        Routed experts of a layer have the mean over the experts that a sample hits, weighted by its tokens there. The
+        number of these experts is float32 [N, F], NaN for other layers, under the name of its column; models without have none.
         """
         spectra = solve([core for _, core, _ in self._cores])
         sums = torch.zeros(len(MEASURES), len(self.targets), n_samples, dtype=torch.float64, device=device)
         weights = torch.zeros(len(self.targets), n_samples, dtype=torch.float64, device=device)
+        hits = torch.full((len(self.targets), n_samples), float("nan"), device=device)
+        hits[self._routed] = 0.0
         # spectra of one shape go through the measures together: hundreds of layers would be thousands of small calls
         groups: dict[torch.Size, list[int]] = defaultdict(list)
         for i, spectrum in enumerate(spectra):
@@ -161,9 +168,11 @@ class FeatureExtractor:
                 else:
                     sums[:, position].index_add_(1, experts.sample, values[:, place] * experts.tokens)
                     weights[position].index_add_(0, experts.sample, experts.tokens.double())
+                    hits[position].index_add_(0, experts.sample, torch.ones_like(experts.sample, dtype=hits.dtype))
         self._cores = []
         columns = (sums / weights).transpose(1, 2).float().cpu().numpy()
-        return dict(zip(MEASURES, columns, strict=True)), (weights > 0).T.cpu().numpy()
+        counted = {EXPERTS_HIT: hits.T.cpu().numpy()} if self._routed else {}
+        return dict(zip(MEASURES, columns, strict=True)), (weights > 0).T.cpu().numpy(), counted
 
     def _joined_sketches(self, n_samples: int) -> dict[str, np.ndarray]:
         """Sketches as float16 [N, F d], each layer divided by its largest number, and these as float32 [N, F]."""

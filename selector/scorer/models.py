@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from selector.config import Dtype
+from selector.config import Attention, Dtype
 from selector.errors import ModelError, SelectorError, raise_all
+from selector.scorer.attention import missing_attention
 from selector.scorer.sharding import whole
 from selector.store.schema import fingerprint
 
@@ -25,6 +26,7 @@ def load_model(
     dtype: Dtype = "auto",
     *,
     device: torch.device | str = "cpu",
+    attention: Attention = "auto",
     chat_template: Path | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -35,6 +37,7 @@ def load_model(
         name: directory of a checkpoint, or name on the hub.
         dtype: number format; auto is float32 on CPU and the checkpoint's own elsewhere.
         device: where the model goes.
+        attention: how it computes attention.
         chat_template: Jinja file that takes the place of the tokenizer's chat template.
         trust_remote_code: run code that comes with the checkpoint.
         allow_pickle: accept weights that are not safetensors; unpickling can run code.
@@ -47,20 +50,27 @@ def load_model(
     _check_path(name)
     on_cpu = torch.device(device).type == "cpu"
     wanted = "float32" if dtype == "auto" and on_cpu else dtype
-    problems: list[SelectorError] = []
+    missing = missing_attention(attention)
+    problems = list(missing)
     model = tokenizer = None
     try:
         tokenizer = load_tokenizer(name, chat_template=chat_template, trust_remote_code=trust_remote_code)
     except SelectorError as error:
         problems.append(error)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True
-        )
-    except Exception as error:  # transformers raises many kinds for a missing or broken model
-        problems.append(
-            _loading_problem("model", name, error, "check the name, the network, and that its weights are safetensors")
-        )
+    if not missing:
+        settings: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=wanted,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if allow_pickle else True,
+                **settings,
+            )
+        except Exception as error:  # transformers raises many kinds for a missing or broken model
+            fix = "check the name, the network, and that its weights are safetensors"
+            fix += f"; or leave out --attention {attention}" if settings else ""
+            problems.append(_loading_problem("model", name, error, fix))
     raise_all(problems)
     assert model is not None
     assert tokenizer is not None

@@ -20,8 +20,10 @@ from selector.forward import Scorer, named_scorers
 from selector.gradients.losses import LossSettings
 from selector.gradients.targets import Target, find_targets
 from selector.runtime import versions
+from selector.scorer.attention import joining_problems
 from selector.scorer.checks import patched_modules
 from selector.scorer.models import model_fingerprint, tokenizer_fingerprint
+from selector.scorer.sharding import is_sharded, wants_sharding
 from selector.store import lineage
 from selector.store.schema import Manifest
 
@@ -70,6 +72,10 @@ def plan(
         SelectorError: whatever is wrong with layers, columns or samples; all problems at once.
     """
     problems: list[SelectorError] = patched_modules(model)
+    if config.padding_free:
+        problems += joining_problems(model, sharded=wants_sharding() or is_sharded(model))
+        if reference is not None:
+            problems += joining_problems(reference, sharded=is_sharded(reference))
     targets: list[Target] = []
     scorers: Mapping[str, Scorer] = {}
     try:

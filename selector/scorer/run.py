@@ -237,6 +237,8 @@ class _Run:
         remembered = [entry["tokens_per_batch"] for entry in self.manifest.cost if entry["device"] == device_name()]
         if remembered:
             return remembered[-1]
+        if self.sharded:
+            logger.info("sharded model: batches of %d tokens; set --tokens-per-batch for others", DEFAULT_BUDGET)
         if self.sharded or not self.measurable:
             return DEFAULT_BUDGET
         longest = max(self.measurable, key=lambda sample: max(map(len, sample.sequences)))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32
 
 from selector.errors import StoreError
-from selector.store.schema import Manifest
+from selector.store.schema import EXPERTS_HIT, Manifest
 from selector.store.verify import inspect, shard_files, shard_owner
 from selector.types import LayerSpec
 
@@ -22,7 +22,7 @@ def feature_matrix(column: pa.ChunkedArray, width: int) -> Float32[np.ndarray, "
     """Values of one measure's column, NaN where there is none.
 
     Args:
-        column: the column of a shard, fixed-size lists of floats.
+        column: the column of a shard, fixed-size lists of numbers.
         width: length of the lists.
     """
     lists = column.combine_chunks()
@@ -30,6 +30,8 @@ def feature_matrix(column: pa.ChunkedArray, width: int) -> Float32[np.ndarray, "
         # a null list hides child values of its own, so it is filled before its values are taken
         lists = pc.fill_null(lists, pa.scalar([float("nan")] * width, type=lists.type))
     values = lists.flatten()
+    if pa.types.is_integer(values.type):
+        values = values.cast(pa.float32())
     if values.null_count:
         values = pc.fill_null(values, float("nan"))
     return values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, width)
@@ -76,7 +78,7 @@ class FeatureStore:
         """
         for path in self.shard_paths():
             try:
-                table = pq.read_table(path, columns=list(columns) if columns is not None else None)
+                table = self._read(path, columns)
             except (pa.ArrowInvalid, OSError) as error:
                 raise StoreError(
                     f"shard {path.name} cannot be read", got=error, fix=f"run `selector verify {self.path} --repair`"
@@ -88,6 +90,17 @@ class FeatureStore:
                     fix=f"run `selector verify {self.path} --repair`",
                 )  # fmt: skip
             yield table.replace_schema_metadata(None)
+
+    def _read(self, path: Path, columns: Sequence[str] | None) -> pa.Table:
+        """A shard's table; one that is older than `experts_hit` gets nulls there."""
+        wanted = list(columns) if columns is not None else self.manifest.schema.names
+        added = EXPERTS_HIT in wanted and EXPERTS_HIT in self.manifest.schema.names
+        if not added or EXPERTS_HIT in pq.read_schema(path).names:
+            return pq.read_table(path, columns=None if columns is None else wanted)
+        table = pq.read_table(path, columns=[name for name in wanted if name != EXPERTS_HIT])
+        field = self.manifest.schema.field(EXPERTS_HIT)
+        nothing = pa.nulls(len(table) * field.type.list_size, field.type.value_type)
+        return table.append_column(field, pa.FixedSizeListArray.from_arrays(nothing, type=field.type)).select(wanted)
 
     def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Whole store as one Arrow table, ordered by row.
@@ -117,6 +130,19 @@ class FeatureStore:
                 fix="score into another directory with spectra among --with",
             )  # fmt: skip
         return feature_matrix(self.to_arrow([measure])[measure], len(self.layers))
+
+    def experts_hit(self) -> Float32[np.ndarray, "N F"]:
+        """How many experts a sample hits, of every layer of routed experts; NaN for other layers and where it is not known.
+
+        Raises:
+            StoreError: the layer table has no routed experts.
+        """
+        if EXPERTS_HIT not in self.manifest.schema.names:
+            raise StoreError(
+                f"{self.path} has no routed experts", got="layers that every token passes",
+                fix="score a mixture of experts, with its expert projections",
+            )  # fmt: skip
+        return feature_matrix(self.to_arrow([EXPERTS_HIT])[EXPERTS_HIT], len(self.layers))
 
     @cached_property
     def ids(self) -> np.ndarray:

@@ -25,6 +25,9 @@ Columns of a shard, one row per sample:
     <measure>       fixed-size list of float32 over the layer table, one column for each of `types.MEASURES`;
                     null entries where a layer got no gradient, and all of them where the sample has no score; none of these columns
                     in stores without spectra, whose layer table is empty
+    experts_hit     fixed-size list of uint16 over the layer table: over how many experts a measure of routed experts is the
+                    mean; null entries for other layers; only in stores of models with routed experts, and in their shards
+                    since this column exists
     <score>         float32, one column for each of the identity's `scores`, in alphabetical order; null where the
                     sample has no such score
     sketch          fixed-size list of float16, `sketch_dimension` numbers per entry of the layer table, each entry
@@ -64,18 +67,22 @@ CONFIG = "config.yaml"
 SHARDS = "shards"
 QUARANTINE = "quarantine"
 METADATA_KEY = b"selector"
+EXPERTS_HIT = "experts_hit"
 
 STATUSES = ("ok", "zero_gradient", "no_loss_tokens", "nonfinite", "too_long")
 """What can become of a sample; only `ok` has a loss and features. Any other failure reads `error: ...`."""
 
 
-def shard_schema(n_features: int, sketch_dimension: int = 0, scores: Iterable[str] = ()) -> pa.Schema:
+def shard_schema(
+    n_features: int, sketch_dimension: int = 0, scores: Iterable[str] = (), routed: bool = False
+) -> pa.Schema:
     """Arrow schema of a shard.
 
     Args:
         n_features: length of the layer table; 0 for a store without spectra.
         sketch_dimension: numbers per entry of the layer table; 0 for a store without sketches.
         scores: names of those that forward passes gave.
+        routed: whether the layer table has routed experts.
     """
     spectra = MEASURES if n_features else ()
     sketches = [
@@ -93,6 +100,7 @@ def shard_schema(n_features: int, sketch_dimension: int = 0, scores: Iterable[st
             pa.field("status", pa.string(), nullable=False),
             pa.field("loss", pa.float32()),
             *(pa.field(name, pa.list_(pa.float32(), n_features)) for name in spectra),
+            *([pa.field(EXPERTS_HIT, pa.list_(pa.uint16(), n_features))] if routed else []),
             *(pa.field(name, pa.float32()) for name in sorted(scores)),
             *(sketches if sketch_dimension else []),
         ]
@@ -136,7 +144,17 @@ class Manifest:
     @property
     def schema(self) -> pa.Schema:
         """Arrow schema of the store's shards."""
-        return shard_schema(len(self.layers), self.identity.get("sketch_dimension", 0), self.scores)
+        routed = any(spec.is_routed for spec in self.layers)
+        return shard_schema(len(self.layers), self.identity.get("sketch_dimension", 0), self.scores, routed)
+
+    def fits(self, schema: pa.Schema) -> bool:
+        """Whether a shard's columns are those of this store; older shards lack `experts_hit`.
+
+        Args:
+            schema: of the shard, without metadata.
+        """
+        older = pa.schema([column for column in self.schema if column.name != EXPERTS_HIT])
+        return schema.equals(self.schema) or schema.equals(older)
 
     @property
     def scores(self) -> dict[str, dict[str, Any]]:

@@ -236,7 +236,7 @@ def _inspect_shard(path: Path, manifest: Manifest) -> tuple[list[Damage], list[s
         )
     if owner.get("store") != manifest.fingerprint:
         return wrong("foreign shard", "belongs to another store", got=owner.get("store"), allowed=manifest.fingerprint)
-    if not table.schema.remove_metadata().equals(manifest.schema):
+    if not manifest.fits(table.schema.remove_metadata()):
         return wrong(
             "shard with other columns",
             "does not fit the layer table",

@@ -182,7 +182,11 @@ class StoreWriter:
             The shard's file.
         """
         sink = pa.BufferOutputStream()
-        lists = [field.name for field in self.schema if pa.types.is_fixed_size_list(field.type)]
+        lists = [
+            field.name
+            for field in table.schema
+            if pa.types.is_fixed_size_list(field.type) and pa.types.is_floating(field.type.value_type)
+        ]
         pq.write_table(
             table.replace_schema_metadata(self.schema.metadata), sink, compression="zstd",
             use_dictionary=["source", "status"],  # pyright: ignore[reportArgumentType]
@@ -208,9 +212,11 @@ def _column(field: pa.Field, values: list[Any]) -> pa.Array:
     if not pa.types.is_fixed_size_list(field.type):
         return pa.array(values, field.type)
     width, element = field.type.list_size, field.type.value_type
-    matrix = np.full((len(values), width), np.nan, dtype=element.to_pandas_dtype())
+    kind = element.to_pandas_dtype()
+    matrix = np.full((len(values), width), np.nan, dtype=np.result_type(kind, np.float16))
     for i, value in enumerate(values):
         if value is not None:
             matrix[i] = value
-    flat = pa.array(matrix.reshape(-1), element, mask=np.isnan(matrix).reshape(-1))
+    missing = np.isnan(matrix).reshape(-1)
+    flat = pa.array(np.where(missing, 0, matrix.reshape(-1)).astype(kind), element, mask=missing)
     return pa.FixedSizeListArray.from_arrays(flat, type=field.type)
