@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BROWSER := .venv/.browser
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all lint evidence-claims evidence-selection evidence-grpo
 
 demo: $(STAMP)
 	$(BIN)/selector demo
@@ -20,6 +20,33 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/codespell
+
+# trainings of at most SECONDS at a time; the same command again continues and writes the table anew
+MODEL ?= embedded
+WORKERS ?= 1
+GPUS ?= 0
+SECONDS ?= 540
+EVIDENCE = $(BIN)/python benchmarks/evidence
+SHARED_OUT = --workers $(WORKERS) --gpus $(GPUS) --seconds $(SECONDS)
+
+evidence-selection: $(STAMP)
+	$(EVIDENCE)/selection.py pool --model $(MODEL) --data "$(DATA)"
+	$(EVIDENCE)/selection.py score --model $(MODEL)
+	$(EVIDENCE)/selection.py tune --model $(MODEL) $(SHARED_OUT)
+	$(EVIDENCE)/selection.py train --model $(MODEL) $(SHARED_OUT)
+	$(EVIDENCE)/selection.py table --model $(MODEL)
+
+evidence-grpo: $(STAMP)
+	$(EVIDENCE)/grpo.py warm
+	$(EVIDENCE)/grpo.py tune $(SHARED_OUT)
+	$(EVIDENCE)/grpo.py train $(SHARED_OUT)
+	$(EVIDENCE)/grpo.py table
+
+# labelled data in DATA, checkpoints in MODELS; killed and begun again, it goes on with the scoring where it was
+evidence-claims: $(STAMP)
+	$(EVIDENCE)/claims.py rows --data "$(DATA)" --out runs/claims
+	for model in $(MODELS); do $(EVIDENCE)/claims.py score --model $$model --out runs/claims || exit; done
+	$(EVIDENCE)/claims.py table --data "$(DATA)" --out runs/claims
 
 # torch goes first and pinned: this release has a small CPU build, which the other packages then accept
 $(STAMP): pyproject.toml

@@ -1,6 +1,6 @@
 """The index at a million vectors: recall against exact search, time per query, build and open, near-duplicates.
 
-    python benchmarks/index.py                       as reported: 1,000,000 x 128, about ten minutes
+    python benchmarks/index.py                       as reported: 1,000,000 x 128, under five minutes on two free cores
     python benchmarks/index.py --count 100000        smaller
     python benchmarks/index.py --rows ivf duplicates some rows
 

@@ -1,9 +1,9 @@
-"""What the samplers cost, and whether an interrupted run draws what it would have drawn.
+"""What the samplers cost: the order of ten million samples, and drawing beside a training step.
 
-    python benchmarks/samplers.py            order of ten million samples, overhead of a step, the grid of resumed runs
-    python benchmarks/samplers.py --quick    without the grid, which takes about 20 minutes on 2 cores
+    python benchmarks/samplers.py
 
-Prints its tables and writes them to benchmarks/results: samplers-DATE.md and, of the grid, resume-DATE.md.
+Prints a table and writes it to benchmarks/results/samplers-DATE.md. Whether an interrupted run draws what it would have
+drawn is measured by `benchmarks/resume.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import tempfile
 import time
 import tracemalloc
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -96,43 +95,13 @@ def overhead_of_a_step(folder: Path) -> list[Row]:
     ]
 
 
-def resume_grid(folder: Path) -> list[Row]:
-    """Resumed runs whose samples are those of the uninterrupted run, beside the trainers' own samplers."""
-    rows: list[Row] = []
-    for world in (1, 2):
-        attached = cases.grid(world)
-        stock = {name: case | {"attached": False} for name, case in attached.items() if "adaptive" not in name}
-        found: dict[str, Counter[str]] = {}
-        for how, grid in (("attached", attached), ("stock", stock)):
-            out = folder / f"{how}-{world}"
-            out.mkdir()
-            if world == 2:
-                ranks = cases.run_on_two_ranks(grid, out)
-            else:
-                ranks = [{name: cases.resume(out=out / str(i), **case) for i, (name, case) in enumerate(grid.items())}]
-            for name in grid:
-                same = all(cases.same_tail(rank[name]) for rank in ranks)
-                found.setdefault(family(name), Counter()).update({f"{how} same": int(same), f"{how} runs": 1})
-        for name, count in sorted(found.items()):
-            mine, theirs = (f"{count[f'{how} same']} of {count[f'{how} runs']}" for how in ("attached", "stock"))
-            rows.append((f"{world} rank{'s'[: world - 1]}: {name}", mine, theirs if count["stock runs"] else "-"))
-    return rows
-
-
-def family(name: str) -> str:
-    """A row of the table: the case without its workers."""
-    return ", ".join(part for part in name.split(", ") if "workers" not in part)
-
-
 def table(rows: list[Row], head: Row) -> str:
     """Rows as Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ("---", "---", "---"), *rows])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="leave the grid of resumed runs out")
-    quick = parser.parse_args().quick
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter("ignore")
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "accelerate", "numpy")
@@ -141,9 +110,6 @@ def main() -> None:
         out = Path(folder)
         costs = order_of_ten_million() + overhead_of_a_step(out)
         write("samplers", versions, table(costs, ("what", "measured", "goal")))
-        if not quick:
-            head = ("resumed runs that draw the same samples", "attached", "the trainer's own sampler")
-            write("resume", versions, table(resume_grid(out), head))
 
 
 def write(name: str, versions: str, rows: str) -> None:

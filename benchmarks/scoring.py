@@ -1,17 +1,18 @@
 """Speed, scaling, memory and invariance of the scorer, on random weights of real shapes and no download.
 
-    python benchmarks/scoring.py                     everything, on all GPUs of this machine (about five minutes)
-    python benchmarks/scoring.py speed invariance    some parts
-    python benchmarks/scoring.py --shape tiny --samples 40 --rows 8 --longest 512      a trial on a CPU
+    python benchmarks/scoring.py                     everything, on 1, 2, 4, ... GPUs of this machine
+    python benchmarks/scoring.py speed --shape 1.5b 7b --samples 32000
+    ACCELERATE_USE_CPU=true python benchmarks/scoring.py --shape tiny --samples 40 --rows 8 --longest 512 --processes 4
 
-Each part runs in processes of its own, started by torchrun. Samples are Alpaca-like: unless --data names a file, prompts and
-completions have log-normal numbers of tokens (medians 17 and 54, deviations 0.46 and 1.28 of the logarithm, at most 1,000),
-as the 21,200 rows of the Alpaca union have, and random tokens.
+Each number of processes is one launch by torchrun, which runs all parts. Samples are Alpaca-like: unless --data names a file,
+prompts and completions have log-normal numbers of tokens (medians 17 and 54, deviations 0.46 and 1.28 of the logarithm, at
+most 1,000), as the 21,200 rows of the Alpaca union have, and random tokens.
 
-    speed        samples/s end to end, tokenizing and writing included, on 1 and on all GPUs; and relative to training steps
-                 (forward, backward, AdamW) on the same samples in the same batches
+    speed        samples/s end to end, tokenizing and writing included, and where the time went, read from the store's own
+                 ledger; large shapes also under FSDP2. One process also trains (forward, backward, AdamW) on the same samples
+                 in the scorer's batches, or half as large ones where it needs more memory.
+    long         one sequence of 32k tokens through the 7B shape with checkpointing, one process
     invariance   features of the same samples across batch sizes, padding, processes and sharding, in float32
-    long         one sequence of 32k tokens through the 7B shape with checkpointing
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,176 +29,89 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+os.environ.update(HF_HUB_OFFLINE="1")
 
 import datasets
 import numpy as np
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer
+from workload import SHAPES, build_data, build_model, free, shard, synchronize, train
 
 from selector import FeatureStore, ScoreConfig, score_dataset
 from selector.assets import TINY_MODEL
-from selector.batching import collate, join, token_budget_batches
-from selector.data.layout import recognize
-from selector.data.load import load_rows
-from selector.data.samples import Encoder, Sample, TokenSequence
+from selector.batching import join
+from selector.data.samples import Sample, TokenSequence
 from selector.gradients.targets import find_targets
 from selector.runtime import versions
 from selector.scorer.features import FeatureExtractor
 from selector.scorer.processes import process_state
 from selector.types import MEASURES
 
-SHAPES = {
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "0.5b": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-    },
-    "1.5b": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-    },
-    "7b": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    },
-}
-VOCABULARY = {"tiny": 4096}
-PROMPT, COMPLETION, MOST = (17, 0.46), (54, 1.28), 1000
-WARM_UP = 64
-
-
-def build_model(shape: str, dtype: torch.dtype, device: torch.device, layers: int | None = None) -> Qwen2ForCausalLM:
-    """A model of random weights, the same on every process."""
-    settings = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
-    config = Qwen2Config(
-        **settings,
-        vocab_size=VOCABULARY.get(shape, 151_936),
-        max_position_embeddings=65_536,
-        tie_word_embeddings=shape != "7b",
-        dtype=dtype,
-    )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return Qwen2ForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
-def build_data(count: int, data: str | None) -> datasets.Dataset:
-    """Rows of a file, or texts of random tokens with the lengths of Alpaca."""
-    if data is not None:
-        rows = load_rows(data)
-        return rows.select(range(min(count, len(rows)))).select_columns(["prompt", "completion"])
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    rng = np.random.default_rng(0)
-    # words that the tokenizer knows as one token each, so that a text of n words has about n tokens
-    words = np.array(
-        [
-            word
-            for token in range(300, 2000)
-            if (word := tokenizer.decode([token])).startswith(" ") and word.strip().isalpha()
-        ]
-    )
-
-    def texts(median: float, deviation: float) -> list[str]:
-        lengths = np.clip(rng.lognormal(np.log(median), deviation, count), 1, MOST).astype(int)
-        return ["".join(rng.choice(words, length)) for length in lengths]
-
-    return datasets.Dataset.from_dict({"prompt": texts(*PROMPT), "completion": texts(*COMPLETION)})
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+SHARDED = ("tiny", "7b")
+"""Shapes that are also scored under FSDP2."""
+WARM_UP, WARM_UP_TOKENS = 128, 2048
+"""Samples and tokens per batch before the clock starts: many lengths, so that kernels of all sizes are compiled."""
 
 
 def part_speed(arguments: argparse.Namespace, out: Path) -> dict:
-    """Score everything; one process alone also trains on the same batches."""
+    """Score everything, with each shape and way of sharing the model."""
+    state = process_state()
+    report = {}
+    for shape in arguments.shape:
+        modes = ("data parallel", "FSDP2") if shape in SHARDED and state.num_processes > 1 else ("data parallel",)
+        for mode in modes:
+            report[f"{shape}, {mode}"] = speed(shape, mode, arguments, out)
+            free()
+    return report
+
+
+def speed(shape: str, mode: str, arguments: argparse.Namespace, out: Path) -> dict:
+    """Score everything once; one process alone also trains."""
     state = process_state()
     device = state.device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = build_model(arguments.shape, dtype, device)
+    model = build_model(shape, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    if mode == "FSDP2":
+        shard(model, state)
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     data = build_data(arguments.samples, arguments.data)
-    warm = min(WARM_UP, len(data)) // state.num_processes * state.num_processes
-    score_dataset(model, tokenizer, data.select(range(warm)), out / f"warm{state.num_processes}")
-    state.wait_for_everyone()
+    stem = f"{shape} {mode} {state.num_processes}"
+    by_length = np.argsort([len(row["prompt"]) + len(row["completion"]) for row in data], kind="stable")
+    some = by_length[np.unique(np.linspace(0, len(data) - 1, WARM_UP).astype(int))]
+    score_dataset(
+        model, tokenizer, data.select(some), out / f"warm {stem}", ScoreConfig(tokens_per_batch=WARM_UP_TOKENS)
+    )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     synchronize(device)
+    state.wait_for_everyone()
     started = time.perf_counter()
-    store = score_dataset(model, tokenizer, data, out / f"speed{state.num_processes}")
+    store = score_dataset(model, tokenizer, data, out / f"speed {stem}")
     synchronize(device)
     seconds = time.perf_counter() - started
     entry = store.manifest.cost[-1]
+    phases = {name: float(np.mean(spent)) for name, spent in entry["phases"].items()}
     report = {
-        "samples": entry["samples"], "tokens": entry["tokens"], "seconds": seconds, "seconds measuring": entry["seconds"],
-        "samples/s": entry["samples"] / seconds, "tokens/s": entry["tokens"] / seconds, "tokens per batch": entry["tokens_per_batch"],
-        "bytes per sample": entry["store_bytes"] / entry["samples"], "ledger's ratio to an epoch": entry["epoch_ratio"],
+        "processes": state.num_processes, "samples": entry["samples"], "tokens": entry["tokens"], "seconds": seconds,
+        "seconds measuring": entry["seconds"], "samples/s": entry["samples"] / seconds, "tokens/s": entry["tokens"] / seconds,
+        "samples/s measuring": entry["samples"] / entry["seconds"], "seconds by phase": phases,
+        "idle share": [spent / entry["seconds"] for spent in entry["phases"]["waiting"]],
+        "tokens per batch": entry["tokens_per_batch"], "bytes per sample": entry["store_bytes"] / entry["samples"],
+        "ledger's ratio to an epoch": entry["epoch_ratio"],
         "peak memory GiB": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
     }  # fmt: skip
     if state.num_processes == 1:
         report |= train(model, tokenizer, data, entry["tokens_per_batch"], device)
-        report["scoring / training step"] = seconds / report["seconds training"]
-        report["scoring / forward and backward"] = seconds / report["seconds forward and backward"]
+        for name in ("training", "forward and backward"):
+            if f"seconds {name}" in report:
+                report[f"scoring / {name}"] = seconds / report[f"seconds {name}"]
     return report
-
-
-def train(
-    model: Qwen2ForCausalLM, tokenizer, data: datasets.Dataset, tokens_per_batch: int, device: torch.device
-) -> dict:
-    """Time of one epoch of full fine-tuning in the scorer's own batches: little padding, which favors training."""
-    rows = recognize(data.column_names, ScoreConfig()).rows(data)
-    samples = list(
-        Encoder(tokenizer, 4096, "skip").encode(rows, [str(i) for i in range(len(data))], [None] * len(data))
-    )
-    batches = token_budget_batches([s for s in samples if s.status == "ok"], tokens_per_batch)
-    model.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
-
-    def step(batch: list[Sample], update: bool) -> None:
-        made = collate(batch, 0, device)
-        labels = made.input_ids.masked_fill(~made.loss_mask, -100)
-        model(
-            input_ids=made.input_ids, attention_mask=made.attention_mask, labels=labels, use_cache=False
-        ).loss.backward()
-        if update:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def epoch(update: bool) -> float:
-        synchronize(device)
-        started = time.perf_counter()
-        for batch in batches:
-            step(batch, update)
-        synchronize(device)
-        return time.perf_counter() - started
-
-    step(batches[0], True)
-    return {"batches": len(batches), "seconds training": epoch(True), "seconds forward and backward": epoch(False)}
 
 
 def part_invariance(arguments: argparse.Namespace, out: Path) -> dict:
     """Largest relative difference of any feature, against one process with one sample at a time."""
     state = process_state()
-    model = build_model(arguments.shape, torch.float32, state.device, layers=4 if arguments.shape != "tiny" else None)
+    shape = arguments.shape[0]
+    model = build_model(shape, torch.float32, state.device, layers=4 if shape != "tiny" else None)
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     data = build_data(arguments.rows, arguments.data)
     variants = {"batch 8": {"tokens_per_batch": 1024}, "batch 32": {"tokens_per_batch": 16_384}}
@@ -209,13 +124,7 @@ def part_invariance(arguments: argparse.Namespace, out: Path) -> dict:
     for name, settings in variants.items():
         score_dataset(model, tokenizer, data, out / f"{name}, {state.num_processes} processes", ScoreConfig(**settings))
     if state.num_processes > 1:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(state.device.type, (state.num_processes,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        shard(model, state)
         score_dataset(model, tokenizer, data, out / f"FSDP2, {state.num_processes} processes", ScoreConfig())
     if not state.is_main_process:
         return {}
@@ -237,90 +146,159 @@ def worst_difference(found: FeatureStore, reference: FeatureStore) -> dict[str, 
 
 
 def part_long(arguments: argparse.Namespace, out: Path) -> dict:
-    """One long sequence with checkpointing: time and peak memory."""
-    state = process_state()
-    device = state.device
-    shape = "7b" if arguments.shape != "tiny" else "tiny"
+    """One long sequence with checkpointing: time and peak memory; a short one before it warms up."""
+    device = process_state().device
+    shape = "7b" if arguments.shape != ["tiny"] else "tiny"
     model = build_model(shape, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, arguments.longest).astype(np.int32)
-    sample = Sample("long", 0, None, (TokenSequence(tokens, np.arange(len(tokens)) >= len(tokens) // 2),))
     extractor = FeatureExtractor(model, find_targets(model), "auto", checkpoint=True)
+    row, seconds = {}, 0.0
     with extractor.attached():
-        (row,) = extractor(join([sample], device))
-        synchronize(device)
-        started = time.perf_counter()
-        (row,) = extractor(join([sample], device))
-        synchronize(device)
+        for length in (arguments.longest // 32, arguments.longest):
+            tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, length).astype(np.int32)
+            sample = Sample("long", 0, None, (TokenSequence(tokens, np.arange(length) >= length // 2),))
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            synchronize(device)
+            started = time.perf_counter()
+            (row,) = extractor(join([sample], device))
+            synchronize(device)
+            seconds = time.perf_counter() - started
     return {
-        "shape": shape, "tokens": len(tokens), "status": row["status"], "seconds": time.perf_counter() - started,
+        "shape": shape, "tokens": arguments.longest, "status": row["status"], "seconds": seconds,
         "peak memory GiB": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         "weights GiB": sum(p.nbytes for p in model.parameters()) / 2**30,
     }  # fmt: skip
 
 
-PARTS = {"speed": part_speed, "invariance": part_invariance, "long": part_long}
+PARTS = {"speed": part_speed, "long": part_long, "invariance": part_invariance}
 
 
-def launch(part: str, processes: int, out: Path, words: list[str]) -> dict:
-    """Run one part in processes of its own and return what the first reports."""
-    result = out / f"{part}{processes}.json"
+def work(arguments: argparse.Namespace) -> None:
+    """One process of a launch: its parts, one after the other, each reported as soon as it is done."""
+    state = process_state()
+    report = {}
+    for part in arguments.parts:
+        started = time.perf_counter()
+        report[part] = PARTS[part](arguments, arguments.worker)
+        free()
+        if state.is_main_process:
+            done = f"{part}, {state.num_processes} processes, {time.perf_counter() - started:.0f} s"
+            print(done, json.dumps(report[part]), flush=True)
+            arguments.result.write_text(json.dumps(report))
+
+
+def launch(parts: list[str], processes: int, out: Path, words: list[str]) -> dict:
+    """Run parts in processes of their own and return what the first reports, up to a failure."""
+    result = out / f"{processes}.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [__file__, part, "--worker", str(out), "--result", str(result), *words]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    command += [__file__, *parts, "--worker", str(out), "--result", str(result), *words]
+    messages = result.with_suffix(".log")
+    with messages.open("w") as file:
+        done = subprocess.run(command, stderr=file, check=False)
+    report = json.loads(result.read_text()) if result.exists() else {}
     if done.returncode:
-        return {"failed": done.stderr[-3000:]}
-    return json.loads(result.read_text())
+        report["failed"] = messages.read_text()[-6000:]
+        print("failed:", report["failed"], flush=True)
+    return report
+
+
+def table(report: dict) -> str:
+    """The results as Markdown."""
+    lines = [
+        f"# Scoring on {report['device']}", "",
+        f"{report['date']}; {report['data']}; " + ", ".join(f"{name} {have}" for name, have in report["versions"].items()),
+        "", "Efficiency is samples/s over that of one process times their number, end to end and, in brackets, from the first batch to",
+        "the last shard. Shares of the time from the first batch on are of the mean process, idle is that of the slowest and the fastest.",
+        "", "| model | processes | samples | samples/s | tokens/s | efficiency | preparing | model | factors | spectra | writing | other | idle |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    speeds = {processes: found["speed"] for processes, found in report["processes"].items() if "speed" in found}
+    for processes, found in speeds.items():
+        for name, row in found.items():
+            alone = speeds.get("1", {}).get(name.split(",")[0] + ", data parallel")
+            efficiency = "-"
+            if alone:
+                whole, measuring = (
+                    row[rate] / (int(processes) * alone[rate]) for rate in ("samples/s", "samples/s measuring")
+                )
+                efficiency = f"{whole:.2f} ({measuring:.2f})"
+            by_phase = row["seconds by phase"]
+            shares = [
+                f"{by_phase[p] / row['seconds measuring']:.0%}"
+                for p in ("model", "factors", "spectra", "writing", "other")
+            ]
+            cells = [name, processes, f"{row['samples']:,}", f"{row['samples/s']:,.1f}", f"{row['tokens/s']:,.0f}", efficiency,
+                     f"{by_phase['preparing']:.1f} s", *shares, f"{min(row['idle share']):.1%} to {max(row['idle share']):.1%}"]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    if "CPU" in report["device"]:
+        lines += ["All processes share the cores of one machine: this shows that they agree, not how they scale.", ""]
+    for name, row in speeds.get("1", {}).items():
+        ratios = [
+            f"{row[key]:.2f} times {key.removeprefix('scoring / ')}" for key in row if key.startswith("scoring / ")
+        ]
+        lines.append(f"- {name}, one process, relative to an epoch on the same samples: {', '.join(ratios)}")
+    for processes, found in report["processes"].items():
+        if "long" in found:
+            row = found["long"]
+            memory = f"{row['peak memory GiB']:.1f} GiB at most" if row["peak memory GiB"] else "memory not measured"
+            lines.append(
+                f"- {row['shape']}, 1 x {row['tokens']:,} tokens with checkpointing: {row['status']}, {row['seconds']:.1f} s, {memory}, weights {row['weights GiB']:.1f} GiB"
+            )
+        for name, differences in found.get("invariance", {}).items():
+            lines.append(
+                f"- {name}: largest relative difference of any feature from one sample at a time {max(differences.values()):.1e}"
+            )
+        if "failed" in found:
+            lines.append(f"- {processes} processes failed: {found['failed'].strip().splitlines()[-1]}")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all when none")
-    parser.add_argument("--shape", choices=SHAPES, default="1.5b")
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=["1.5b"])
     parser.add_argument("--samples", type=int, default=4000, help="of the speed part")
     parser.add_argument("--rows", type=int, default=48, help="of the invariance part")
     parser.add_argument("--longest", type=int, default=32_768, help="tokens of the long part")
     parser.add_argument("--data", help="rows with prompt and completion, in place of made-up ones")
-    parser.add_argument("--processes", type=int, default=max(torch.cuda.device_count(), 1))
+    parser.add_argument(
+        "--processes", type=int, default=max(torch.cuda.device_count(), 1), help="1, 2, 4, ... up to so many"
+    )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     if arguments.worker is not None:
-        report = PARTS[arguments.parts[0]](arguments, arguments.worker)
-        if process_state().is_main_process:
-            arguments.result.write_text(json.dumps(report))
-        return
-    words = [
-        "--shape",
-        arguments.shape,
-        "--samples",
-        str(arguments.samples),
-        "--rows",
-        str(arguments.rows),
-        "--longest",
-        str(arguments.longest),
-    ]
+        return work(arguments)
+    unknown = set(arguments.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
+    words = ["--shape", *arguments.shape]
+    for name in ("samples", "rows", "longest"):
+        words += [f"--{name}", str(getattr(arguments, name))]
     words += ["--data", arguments.data] if arguments.data else []
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores"
     report: dict = {
-        "date": datetime.now(UTC).date().isoformat(), "shape": arguments.shape, "machine": platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-        "data": arguments.data or "log-normal lengths", "versions": versions(),
+        "date": datetime.now(UTC).date().isoformat(), "device": device, "data": arguments.data or "log-normal lengths",
+        "versions": versions(), "processes": {},
     }  # fmt: skip
+    arguments.results.mkdir(exist_ok=True, parents=True)
+    name = f"scaling_{re.sub(r'[^A-Za-z0-9]+', '-', device)}_{report['date']}"
+    counts = [2**i for i in range(arguments.processes.bit_length())]
     with tempfile.TemporaryDirectory() as folder:
-        for part in arguments.parts or PARTS:
-            for processes in dict.fromkeys([1] if part == "long" else [1, arguments.processes]):
-                name = f"{part}, {processes} process" + ("es" if processes > 1 else "")
-                report[name] = launch(part, processes, Path(folder), words)
-                print(name, json.dumps(report[name], indent=1), flush=True)
-    rates = [found["samples/s"] for name, found in report.items() if name.startswith("speed") and "samples/s" in found]
-    if len(rates) == 2:
-        report["speed-up"] = rates[1] / rates[0]
-        print(f"speed-up with {arguments.processes} processes: {report['speed-up']:.2f}")
-    arguments.results.mkdir(exist_ok=True)
-    (arguments.results / f"scoring-{arguments.shape}-{report['date']}.json").write_text(
-        json.dumps(report, indent=1) + "\n"
-    )
+        for processes in sorted({*counts, arguments.processes}):
+            parts = [part for part in arguments.parts or PARTS if part != "long" or processes == 1]
+            if parts:
+                report["processes"][str(processes)] = launch(parts, processes, Path(folder), words)
+            (arguments.results / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+            (arguments.results / f"{name}.md").write_text(table(report))
+    print(table(report))
+    if any("failed" in found for found in report["processes"].values()):
+        sys.exit(1)
+    return None
 
 
 if __name__ == "__main__":

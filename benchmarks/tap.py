@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from selector.integrations._tap import PLAIN_STEPS, TAPPED_STEPS, Tap
-from selector.sampling import AdaptiveSampler, SpectrumSignal
+from selector.sampling import AdaptiveSampler, TapSignal
 from selector.selection import Selection
 
 MEASURED_STEPS = 6
@@ -51,10 +51,10 @@ class Begin(TrainerCallback):
         self.tap = tap
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **kwargs: Any) -> None:
-        self.tap.begin(0, len(train_dataloader))
+        self.tap.begin(0, train_dataloader)
 
 
-def seconds_of_a_step(model: Any, options: argparse.Namespace, signal: SpectrumSignal | None) -> float:
+def seconds_of_a_step(model: Any, options: argparse.Namespace, signal: TapSignal | None) -> float:
     """Median time of a forward and backward pass, after warming up and deciding."""
     skipped = PLAIN_STEPS + TAPPED_STEPS + 1 if signal is not None and signal.share is not None else 2
     every = 1 if signal is None or signal.share is None else 4
@@ -136,7 +136,7 @@ def main() -> None:
         "a share of 5 %": {"share": 0.05},
     }
     for name, settings in cases.items():
-        signal = SpectrumSignal(**settings)
+        signal = TapSignal(**settings)
         seconds = seconds_of_a_step(model, options, signal)
         lines.append(f"| {name} | {seconds:.3f} | {seconds / plain - 1:.1%} | {signal.layers} | {signal.every} |")
         print(lines[-1], flush=True)

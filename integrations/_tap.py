@@ -14,36 +14,31 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from selector.errors import IntegrationError
 from selector.gradients.capture import GradientCapture, LayerFactors
 from selector.gradients.targets import find_targets
 from selector.gradients.tokens import Segment
+from selector.integrations._compat import pair_inputs  # pyright: ignore[reportMissingImports]
+from selector.integrations._trainers import SAMPLE_COLUMN, generates, is_kind, other_loss  # pyright: ignore[reportMissingImports]
 from selector.sampling.sampler import SelectionSampler
-from selector.sampling.spectral import SpectrumSignal
+from selector.sampling.spectral import TapSignal, evenly_spaced
 from selector.spectra import Core, measures, reduce_factors, solve
 
 SCALE_FREE = ("effective_rank", "stable_rank")
 PLAIN_STEPS, TAPPED_STEPS = 6, 4
 """Steps timed to decide how many layers to measure; the first third of each is left out."""
 
-SAMPLE_COLUMN = "selector_sample_id"
-"""Column that tells rewards and rollouts which prompt they belong to."""
-
 POSITIONS = "selector_positions"
 """Where a generation's batch keeps the sampler position of each rollout; shuffled and split along with the rollouts."""
-
-
-def is_kind(trainer: Any, name: str) -> bool:
-    """Whether a trainer is of this class of TRL, or derived from it."""
-    return any(cls.__name__ == name for cls in type(trainer).__mro__)
 
 
 class Tap:
@@ -55,14 +50,11 @@ class Tap:
         signal: takes the measurements.
     """
 
-    def __init__(self, trainer: Any, sampler: SelectionSampler, signal: SpectrumSignal) -> None:
+    def __init__(self, trainer: Any, sampler: SelectionSampler, signal: TapSignal) -> None:
         self.trainer, self.sampler, self.signal = trainer, sampler, signal
         self.seconds = 0.0
         self.step = 0
-        self._generates, self._pairs = (
-            hasattr(trainer, "_generate_and_score_completions"),
-            is_kind(trainer, "DPOTrainer"),
-        )
+        self._generates, self._pairs = generates(trainer), is_kind(trainer, "DPOTrainer")
         self._tapping = False
         self._plain: list[float] = []
         self._tapped: list[float] = []
@@ -77,14 +69,14 @@ class Tap:
             trainer._generate_and_score_completions = self.generate
             self._position = {sample_id: i for i, sample_id in enumerate(self.sampler.ids.tolist())}
 
-    def begin(self, step: int, steps_in_epoch: int) -> None:
+    def begin(self, step: int, loader: Any) -> None:
         """Training begins or continues.
 
         Args:
             step: forward steps so far, over all epochs.
-            steps_in_epoch: forward steps of an epoch.
+            loader: of the training data.
         """
-        self.step, self._steps_in_epoch = step, steps_in_epoch
+        self.step, self._steps_in_epoch = step, len(loader)
         self._model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         everything = find_targets(self._model, self.signal.projections)
         self._indices = sorted({target.spec.layer for target in everything})
@@ -104,7 +96,9 @@ class Tap:
         found = gather_object(self._found)
         if found:
             positions, values, tokens = (np.array(column) for column in zip(*found, strict=True))
-            self.signal.observe(positions, values.astype(float), tokens, step)
+            # one pass over the rollouts of a generation, which may split a prompt's among its steps, is one visit
+            visit = step // self.trainer.args.steps_per_generation if self._generates else None
+            self.signal.observe(positions, values.astype(float), tokens, step, visit)
         self.seconds += time.perf_counter() - began
         return loss
 
@@ -134,8 +128,7 @@ class Tap:
 
     def _choose(self, count: int) -> None:
         """Measure so many layers from now on, evenly spaced."""
-        places = np.linspace(0, len(self._indices) - 1, count + 2)[1:-1]
-        layers = sorted({self._indices[round(i)] for i in places}) if count < len(self._indices) else ()
+        layers = evenly_spaced(self._indices, count)
         self._capture = GradientCapture(
             self._model, find_targets(self._model, self.signal.projections, layers), self._take
         )
@@ -159,7 +152,7 @@ class Tap:
 
     def _tapped_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self._cores: list[Core] = []
-        with self._capture:
+        with self._capture, self._gradients_reach_the_first_layer():
             self._tapping = True
             loss = self._training_step(*args, **kwargs)
             began = time.perf_counter()
@@ -168,6 +161,19 @@ class Tap:
         self._found = self._measured()
         self.seconds += time.perf_counter() - began
         return loss
+
+    @contextmanager
+    def _gradients_reach_the_first_layer(self) -> Iterator[None]:
+        """Beside adapters the embeddings require no gradient, and then no layer before the first adapter would have one."""
+
+        def require(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+            return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+        handle = self._model.get_input_embeddings().register_forward_hook(require)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _take(self, factors: LayerFactors) -> None:
         began = time.perf_counter()
@@ -196,6 +202,7 @@ class Tap:
         start = ((self.step - 1) % self._steps_in_epoch * accelerator.num_processes + accelerator.process_index) * batch
         rows = self.sampler.drawn()[start : start + batch].tolist()  # shorter where an epoch's last batch is filled up
         if self._pairs:
+            inputs = pair_inputs(self.trainer, inputs)
             count, length = inputs["input_ids"].shape
             half = count // 2
             sides = [(i % half, i * length, (i + 1) * length) for i in range(count)]
@@ -240,17 +247,16 @@ def affordable(share: float, step: float, tapped: float, layers: int) -> tuple[i
     return min(max(int(count), 1), layers), 1 if count >= 1 else math.ceil(1 / count)
 
 
-def tap_problem(trainer: Any, signal: SpectrumSignal) -> IntegrationError | None:
+def tap_problem(trainer: Any, signal: TapSignal) -> IntegrationError | None:
     """What about a trainer keeps its samples from being measured, if anything."""
-    args = trainer.args
-    scale_free = signal.measure in SCALE_FREE
+    other = [] if signal.measure in SCALE_FREE else other_loss(trainer)
+    if signal.measure not in SCALE_FREE and generates(trainer):
+        other = ["a policy-gradient loss"]
     reasons = {
         "a trainer whose loss is not a sum over rows of the data set": is_kind(trainer, "KTOTrainer"),
+        "pairs without padding": is_kind(trainer, "DPOTrainer") and getattr(trainer, "padding_free", False),
         "split_batches=True": trainer.accelerator.split_batches,
-        f"{signal.measure} under a policy-gradient loss": not scale_free and hasattr(trainer, "_calculate_rewards"),
-        f"{signal.measure} under loss_type={getattr(args, 'loss_type', None)!r}": not scale_free
-        and getattr(args, "loss_type", "nll") not in (None, "nll", ["sigmoid"], "sigmoid"),
-        f"{signal.measure} under label smoothing": not scale_free and getattr(args, "label_smoothing_factor", 0) > 0,
+        **{f"{signal.measure} under {setting}": True for setting in other},
     }
     found = [reason for reason, wrong in reasons.items() if wrong]
     if not found:

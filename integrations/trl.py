@@ -1,9 +1,9 @@
 """Train on a selection with any trainer of TRL or transformers: `attach(trainer, selection)` before `trainer.train()`.
 
 The trainer keeps its class and its data set; its train sampler is replaced, and how often each sample is repeated is read
-from the sampler that it would have built, so that GRPO groups stay whole. A callback installs the sampler once more when
-training begins: after a resume in the middle of an epoch Accelerate reaches the sampler of a multi-process run only where
-`set_sampler` has put it, and the host would otherwise replay epoch 0. The state of the sampler lies in each checkpoint.
+from the sampler that it would have built, so that GRPO groups stay whole. Which epoch the sampler draws is told by a callback
+from the trainer's count of steps: after a resume in the middle of an epoch, Accelerate's loaders tell a sampler nothing (in
+several processes) or epoch 0 (before 1.15). The state of the sampler lies in each checkpoint.
 
 Samples are matched by id, never by position, because trainers drop and shuffle rows while they prepare them.
 """
@@ -24,20 +24,22 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from selector.errors import ConfigError, IntegrationError, SelectorError, did_you_mean, raise_all
+from selector.integrations._refresh import Refresh, refresh_problems  # pyright: ignore[reportMissingImports]
 from selector.integrations._rollouts import keeps_rollouts, restore_rollouts, save_rollouts  # pyright: ignore[reportMissingImports]
 from selector.integrations._rows import dataset_ids  # pyright: ignore[reportMissingImports]
-from selector.integrations._tap import SAMPLE_COLUMN, Tap, tap_problem  # pyright: ignore[reportMissingImports]
+from selector.integrations._tap import Tap, tap_problem  # pyright: ignore[reportMissingImports]
+from selector.integrations._trainers import SAMPLE_COLUMN, generates  # pyright: ignore[reportMissingImports]
 from selector.sampling.adaptive import AdaptiveSampler
 from selector.sampling.order import Groups
 from selector.sampling.sampler import NO_REPEATS, SelectionSampler
 from selector.sampling.signals import FocusSignal, RewardSignal
-from selector.sampling.spectral import SpectrumSignal
+from selector.sampling.spectral import RefreshSignal, TapSignal
 from selector.sampling.state import load_state, save_state
 from selector.selection import Selection
 
 T = TypeVar("T", bound=Trainer)
 
-OnlineSignal = RewardSignal | FocusSignal | SpectrumSignal
+OnlineSignal = RewardSignal | FocusSignal | TapSignal | RefreshSignal
 
 
 def attach(
@@ -58,11 +60,14 @@ def attach(
         selection: the samples to train on.
         curriculum: which samples come first, a name in `selector.sampling.CURRICULA`; shuffled by weight when None.
         strata: every batch gets its share of each stratum: a column of the train data set, such as its source, or a label
-            for each sample of the selection, such as its cluster of near-duplicates.
+            for each sample of the selection, such as its cluster of near-duplicates. The shares of a column `source` are
+            reported in any case.
         online: weights that follow the training: `"rewards"` or a `RewardSignal` for trainers that generate, which draws
-            prompts that are neither certain nor hopeless; a `FocusSignal` moves through the selection by accuracy;
-            `"tap"` or a `SpectrumSignal` measures spectra in the trainer's own backward pass. Each sample then comes as
-            often as its weight says; otherwise once per epoch.
+            prompts that are neither certain nor hopeless, and may mix in spectra of their policy gradients; a
+            `FocusSignal` moves through the selection by accuracy;
+            `"tap"` or a `TapSignal` measures spectra in the trainer's own backward pass; `"refresh"` or a `RefreshSignal`
+            scores a part of the selection again every so many steps. Each sample then comes as often as its weight says;
+            otherwise once per epoch.
         coverage: with `online`, the share of each batch for the samples that have waited longest.
         id_column: column of the train data set that holds the sample ids; found by name or by content when None.
         seed: of the order; the trainer's `data_seed`, or its `seed`, when None.
@@ -88,6 +93,8 @@ def attach(
         "batch_size": batch if groups == NO_REPEATS else groups.batch_size,
         "groups": groups,
     }
+    if "source" in dataset.column_names:
+        options["sources"] = _labels(dataset, ids, selection, "source")
     if signal is None:
         labels = _labels(dataset, ids, selection, strata) if isinstance(strata, str) else strata
         sampler = SelectionSampler(selection, curriculum=curriculum, strata=labels, **options)
@@ -99,7 +106,7 @@ def attach(
             f"trained on, {sampler.missing[0]} among them; trainers drop rows whose loss tokens were all cut off",
             stacklevel=2,
         )
-    if signal is not None and hasattr(trainer, "_calculate_rewards"):
+    if signal is not None and generates(trainer):
         trainer.train_dataset = dataset.add_column(SAMPLE_COLUMN, list(ids))  # reaches the reward functions' rows
     _Session(trainer, sampler).install(signal)
     return trainer
@@ -114,17 +121,22 @@ class _Session(TrainerCallback):
         self._reported, self._began, self._seconds = 0, time.perf_counter(), 0.0
         self._known_rewards = False
         self._tap: Tap | None = None
+        self._refresh: Refresh | None = None
 
     def install(self, signal: OnlineSignal | None) -> None:
         """Put the sampler in the trainer, and let its signal see what the trainer does."""
         trainer = self._trainer
         self._train, self._log = trainer.train, trainer.log
         trainer._get_train_sampler = lambda *_, **__: self._sampler
+        self._set_epoch = self._sampler.set_epoch
+        self._sampler.set_epoch = lambda epoch: None  # what the host says is not always right; see on_epoch_begin
         trainer.train, trainer.log = self._noting_train, self._extended_log
-        if isinstance(signal, SpectrumSignal):
-            self._tap = tap = Tap(trainer, self._sampler, signal)
+        if (tapped := _tapped(signal)) is not None:
+            self._tap = tap = Tap(trainer, self._sampler, tapped)
             tap.install()
-        elif signal is not None:
+        if isinstance(signal, RefreshSignal):
+            self._refresh = Refresh(trainer, self._sampler, signal)
+        if isinstance(signal, RewardSignal | FocusSignal):
             self._position = {sample_id: i for i, sample_id in enumerate(self._sampler.ids.tolist())}
             self._calculate_rewards = trainer._calculate_rewards
             trainer._calculate_rewards, self._observe = self._observed_rewards, signal.observe
@@ -137,14 +149,13 @@ class _Session(TrainerCallback):
         return self._train(resume_from_checkpoint, *args, **kwargs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **kwargs: Any) -> None:
-        train_dataloader.set_sampler(self._sampler)
         groups = self._sampler.groups
         self._draws_per_step = train_dataloader.total_batch_size / (groups.mini_repeat_count * groups.repeat_count)
         self._steps_in_epoch = len(train_dataloader)
         if self._checkpoint is not None:
             self._resume(self._checkpoint, state)
-        if self._tap is not None:
-            self._tap.begin(self._steps(state), self._steps_in_epoch)
+        for measuring in filter(None, (self._tap, self._refresh)):
+            measuring.begin(self._steps(state), train_dataloader)
         self._reported, self._began, self._seconds = 0, time.perf_counter(), self._spent()
 
     def _resume(self, checkpoint: Path, state: Any) -> None:
@@ -159,8 +170,13 @@ class _Session(TrainerCallback):
             cycle = self._sampler.groups.repeat_count
             self._known_rewards = restore_rollouts(self._trainer, checkpoint, cycle, self._steps(state))
 
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._set_epoch(self._steps(state) // self._steps_in_epoch)
         self._reported = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._refresh is not None:
+            self._refresh.step_ended(state.global_step, self._steps(state))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -177,7 +193,7 @@ class _Session(TrainerCallback):
 
     def _spent(self) -> float:
         """Seconds that drawing and measuring took so far."""
-        return self._sampler.seconds + (self._tap.seconds if self._tap else 0.0)
+        return self._sampler.seconds + sum(part.seconds for part in (self._tap, self._refresh) if part is not None)
 
     def _observed_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The trainer's rewards, gathered over all ranks, which the sampler sees in training."""
@@ -206,14 +222,19 @@ class _Session(TrainerCallback):
         return self._log(logs, *args, **kwargs)
 
 
-def _named_signal(name: str) -> RewardSignal | SpectrumSignal:
-    signals = {"rewards": RewardSignal, "tap": SpectrumSignal}
+def _named_signal(name: str) -> OnlineSignal:
+    signals: dict[str, type[OnlineSignal]] = {"rewards": RewardSignal, "tap": TapSignal, "refresh": RefreshSignal}
     if name not in signals:
         raise ConfigError(
             "unknown online signal", got=repr(name), allowed=", ".join(map(repr, signals)) + ", or a signal itself",
             fix=did_you_mean(name, signals) or None,
         )  # fmt: skip
     return signals[name]()
+
+
+def _tapped(signal: object) -> TapSignal | None:
+    """What of a signal follows the trainer's own backward pass."""
+    return signal.spectra if isinstance(signal, RewardSignal) else signal if isinstance(signal, TapSignal) else None
 
 
 def _groups(stock: Any) -> Groups:
@@ -237,7 +258,7 @@ def _labels(dataset: Any, ids: Sequence[str], selection: Selection, column: str)
 def _problems(trainer: Any, online: object) -> list[SelectorError]:
     """What in the trainer's settings would lose sample identity, or never reach the sampler."""
     args = trainer.args
-    generates, follows_rewards = hasattr(trainer, "_calculate_rewards"), isinstance(online, RewardSignal | FocusSignal)
+    follows_rewards = isinstance(online, RewardSignal | FocusSignal)
     strategy = getattr(
         args, "train_sampling_strategy", "group_by_length" if getattr(args, "group_by_length", False) else "random"
     )
@@ -268,17 +289,17 @@ def _problems(trainer: Any, online: object) -> list[SelectorError]:
             "ignore_data_skip=False", "drop it: skipping draws no data",
         ),
         (
-            follows_rewards and not generates,
+            follows_rewards and not generates(trainer),
             "the trainer computes no rewards that weights could follow", type(trainer).__name__,
             "GRPOTrainer, RLOOTrainer", "drop online=, or say online='tap'",
         ),
         (
-            online is not None and generates and args.dataloader_num_workers > 0,
+            online is not None and generates(trainer) and args.dataloader_num_workers > 0,
             "workers fetch prompts long before the rewards that should decide about them",
             f"dataloader_num_workers={args.dataloader_num_workers}", "0", None,
         ),
         (
-            online is not None and generates and args.remove_unused_columns,
+            online is not None and generates(trainer) and args.remove_unused_columns,
             "the ids of the prompts would not reach the rewards", "remove_unused_columns=True", "False", None,
         ),
     ]  # fmt: skip
@@ -287,6 +308,8 @@ def _problems(trainer: Any, online: object) -> list[SelectorError]:
         for wrong, problem, got, allowed, fix in checks
         if wrong
     ]
-    if isinstance(online, SpectrumSignal) and (problem := tap_problem(trainer, online)):
+    if (tapped := _tapped(online)) is not None and (problem := tap_problem(trainer, tapped)):
         problems.append(problem)
+    if isinstance(online, RefreshSignal):
+        problems += refresh_problems(trainer)
     return problems

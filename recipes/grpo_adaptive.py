@@ -5,7 +5,9 @@
 
 A completion is rewarded when its last number is the answer. A group whose rewards are all equal teaches nothing; the
 sampler learns from the rewards which prompts give such groups and draws others, those with the richest gradient spectra
-first. Prompts that no completion ever solved are written to OUTPUT/unsolved.txt: they need demonstrations instead.
+first: by the scores of the data set, or with --live by those of the policy gradients as training computes them. Prompts that
+no completion ever solved are drawn rarely from then on, and their rows are written to OUTPUT/demonstrations.jsonl, for
+instruction tuning on their answers (`sft_selected.py --data`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 import selector
 from selector.assets import POOL, TINY_MODEL
 from selector.integrations.trl import attach
-from selector.sampling import RewardSignal
+from selector.sampling import RewardSignal, TapSignal
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--id-column", default="id")
     parser.add_argument("--output", type=Path, default=Path("grpo_adaptive"))
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--live", action="store_true", help="follow spectra of the policy gradients")
     options = parser.parse_args()
 
     state = PartialState()
@@ -73,12 +76,17 @@ def main() -> None:
         processing_class=tokenizer,
         reward_funcs=correct,
     )
-    signal = RewardSignal(richness=0.5)
+    signal = RewardSignal(
+        richness=0.5,
+        spectra=TapSignal(richness=0.5) if options.live else None,
+        on_unsolved=lambda ids: print(f"left to demonstrations: {len(ids)} prompts, {ids[0]} among them"),
+    )
     attach(trainer, selection, online=signal)
     trainer.train()
     if state.is_main_process:
-        unsolved = trainer._get_train_sampler().ids[signal.unsolved()]
-        (options.output / "unsolved.txt").write_text("".join(f"{name}\n" for name in unsolved))
+        unsolved = set(trainer._get_train_sampler().ids[signal.unsolved()].tolist())
+        rows = dataset.filter(lambda row: str(row[options.id_column]) in unsolved)
+        rows.to_json(options.output / "demonstrations.jsonl")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
     python recipes/sft_selected.py                                              the embedded model and rows, on CPU
     accelerate launch recipes/sft_selected.py --model Qwen/Qwen2.5-7B --data train.jsonl --budget 10% --id-column id
 
-Scores the data set once (a second run finds the scores in OUTPUT/features), selects, and trains with TRL.
+Scores the data set once (a second run finds the scores in OUTPUT/features), selects, and trains with TRL. With --online the
+order is not fixed: samples come as often as their spectra under the current weights say, which are taken from the training's
+own backward pass (tap) or by scoring a part of the selection again every 50 steps (refresh).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ def main() -> None:
     parser.add_argument("--id-column", default="id")
     parser.add_argument("--budget", default="20%", help="samples, percent or tokens: 500, 20%%, 100000t")
     parser.add_argument("--output", type=Path, default=Path("sft_selected"))
+    parser.add_argument("--online", choices=["tap", "refresh"], help="follow the spectra of the current model")
     parser.add_argument("--steps", type=int, default=-1, help="stop early")
     options = parser.parse_args()
 
@@ -42,7 +45,11 @@ def main() -> None:
         learning_rate=2e-5, logging_steps=5, save_steps=50, report_to="none", bf16=state.device.type == "cuda",
     )  # fmt: skip
     trainer = SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
-    attach(trainer, selection, curriculum="low-to-high", strata="source" if "source" in dataset.column_names else None)
+    if options.online:
+        attach(trainer, selection, online=options.online)
+    else:
+        strata = "source" if "source" in dataset.column_names else None
+        attach(trainer, selection, curriculum="low-to-high", strata=strata)
     trainer.train()
 
 

@@ -3,7 +3,8 @@
     python recipes/train_base_model.py --corpus corpus.txt.xz --out tiny/ --seconds 1200
 
 The embedded model of 3.2 M parameters was made this way from 157 MB of openly licensed text: 0.9 billion tokens, about
-three minutes on one H200 in bfloat16. On two CPU cores an hour gives a model that completes words.
+three minutes on one H200 in bfloat16. On two CPU cores an hour gives a model that completes words. With `--tokens` the
+tokenizer and the tokens of the corpus are kept, and a second model of the same vocabulary begins to train at once.
 
 Documents of the corpus are separated by the byte 0x1E (record separator), or by empty lines where there is none. The last
 documents, 1 % of the text, are held out; the checkpoint's `training.json` records the loss on them.
@@ -41,6 +42,8 @@ class Settings:
     """Text file, plain or .xz."""
     out: Path
     """Directory of the checkpoint."""
+    tokens: Path | None = None
+    """Folder that keeps tokenizer and tokens for the next run on the same corpus; made when it is missing."""
     vocabulary: int = 4096
     """Tokens of the byte-level BPE."""
     hidden: int = 192
@@ -89,14 +92,42 @@ def train_tokenizer(texts: list[str], vocabulary: int, length: int) -> PreTraine
     return fast
 
 
-def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> np.ndarray:
-    """All documents as rows of `length` + 1 tokens, each document ended by the end token."""
-    tokens: list[np.ndarray] = []
-    for start in tqdm(range(0, len(texts), 1000), "tokenizing"):
-        encoded = tokenizer(texts[start : start + 1000], verbose=False)["input_ids"]
-        tokens += [np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded]
-    flat = np.concatenate(tokens)
-    return flat[: len(flat) // (length + 1) * (length + 1)].reshape(-1, length + 1)
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """All documents one behind the other, each ended by the end token, in the smallest integers that hold the vocabulary."""
+    kind = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
+    tokens: list[np.ndarray] = [np.zeros(0, kind)]
+    for start in tqdm(range(0, len(texts), 4000), "tokenizing"):
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts[start : start + 4000], add_special_tokens=False)
+        tokens += [np.array([*one.ids, tokenizer.eos_token_id], dtype=kind) for one in encoded]
+    return np.concatenate(tokens)
+
+
+def prepare(settings: Settings) -> tuple[PreTrainedTokenizerFast, np.ndarray, np.ndarray]:
+    """Tokenizer, tokens to train on and held-out tokens: kept ones, or made from the corpus."""
+    folder = settings.tokens
+    of = {"corpus": settings.corpus.name, "bytes": settings.corpus.stat().st_size, "vocabulary": settings.vocabulary}
+    if folder is not None and (folder / "made_of.json").exists():
+        made_of = json.loads((folder / "made_of.json").read_text())
+        if made_of != of:
+            raise SystemExit(f"{folder} holds tokens of {made_of}, wanted {of}: name another folder with --tokens")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, model_max_length=8 * settings.length)
+        return tokenizer, np.load(folder / "train.npy"), np.load(folder / "held_out.npy")
+    texts = documents(settings.corpus)
+    held_out = max(len(texts) // 100, 1)
+    training = texts[:-held_out] or texts
+    tokenizer = train_tokenizer(training, settings.vocabulary, settings.length)
+    train, rest = encode(training, tokenizer), encode(texts[-held_out:], tokenizer)
+    if folder is not None:
+        tokenizer.save_pretrained(folder)
+        np.save(folder / "train.npy", train)
+        np.save(folder / "held_out.npy", rest)
+        (folder / "made_of.json").write_text(json.dumps(of))  # last: a folder without it is begun anew
+    return tokenizer, train, rest
+
+
+def pack(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Tokens as rows of `length` + 1; what is left over at the end is dropped."""
+    return tokens[: len(tokens) // (length + 1) * (length + 1)].reshape(-1, length + 1)
 
 
 def batches(rows: np.ndarray, size: int, seed: int) -> Iterator[torch.Tensor]:
@@ -118,19 +149,17 @@ def loss_of(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
 def main(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    texts = documents(settings.corpus)
-    held_out = max(len(texts) // 100, 1)
-    tokenizer = train_tokenizer(texts[:-held_out] or texts, settings.vocabulary, settings.length)
-    rows, validation = (
-        pack(part, tokenizer, settings.length) for part in (texts[:-held_out] or texts, texts[-held_out:])
-    )
+    tokenizer, *tokens = prepare(settings)
+    rows, validation = (pack(part, settings.length) for part in tokens)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=settings.hidden, num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
         num_key_value_heads=settings.kv_heads, intermediate_size=settings.intermediate, max_position_embeddings=8 * settings.length,
         tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda"
+    )
     started, steps = time.monotonic(), 0
     with tqdm(total=int(settings.seconds), desc="training", unit="s") as progress:
         for rows_of_step in batches(rows, settings.batch, settings.seed):

@@ -14,9 +14,10 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from tyro.conf import arg
 
 from selector.errors import ConfigError, SelectorError, did_you_mean, raise_all
 
@@ -48,6 +49,10 @@ def _execution(default: Any) -> Any:
 class ScoreConfig:
     """How samples are read, batched and measured."""
 
+    # on the command line `--with`, which no field of Python can be called
+    scorers: Annotated[tuple[str, ...], arg(name="with")] = _identity(("spectra",))
+    """What to measure: the gradients' spectra, or scores for which forward passes suffice: loss (kept in any case), ifd,
+    hidden_effective_rank, angle_concentration, logit_nuclear_norm; without spectra no backward pass is run."""
     format: Format = _identity("auto")
     """Layout of the rows; auto recognizes it by the column names."""
     columns: tuple[str, ...] = _identity(())
@@ -114,6 +119,17 @@ class ScoreConfig:
                     "sketch_dimension is no square", got=self.sketch_dimension, allowed="0, 1, 4, 9, 16, 64, 256"
                 )
             )
+        if not self.scorers:
+            problems.append(
+                ConfigError("nothing is measured", got="no scorers", allowed="spectra, loss, ifd and others")
+            )
+        if self.sketch_dimension and "spectra" not in self.scorers:
+            problems.append(
+                ConfigError(
+                    "sketch_dimension has no effect without spectra", got=self.sketch_dimension,
+                    fix="add spectra to the scorers, or leave it out",
+                )
+            )  # fmt: skip
         if not 0 <= self.max_failed <= 1:
             problems.append(ConfigError("max_failed is no share", got=self.max_failed, allowed="0 to 1"))
         if not self.beta > 0:

@@ -48,7 +48,7 @@ def layers(report: Report) -> dict[str, Figure]:
     table, found = report.tables["layers"], {}
     groups = dict(zip(table["group"].to_pylist(), table["kind"].to_pylist(), strict=True))
     chosen = [name for name, kind in groups.items() if kind in ("selection", "control")][: MOST_LINES - 1]
-    for measure in (*MEASURES, "stable_rank"):
+    for measure in (*MEASURES, "stable_rank") if len(table) else ():
         figure, panels = _panels(1 + len(chosen))
         limit = contrast_limit(table, measure)
         for axes, group in zip(panels, ["pool", *chosen], strict=True):

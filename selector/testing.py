@@ -1,7 +1,8 @@
 """Checkers for parts that strangers add: each runs a part through the promises of its contract.
 
-from selector.testing import check_policy
+from selector.testing import check_policy, check_scorer
 check_policy("mine", minimum=0.5)
+check_scorer("mine")
 """
 
 from __future__ import annotations
@@ -95,12 +96,10 @@ def check_policy(
 
             picks = run(scores)
             _check_picks(case, scores, budget, picks, exact=exact)
-            ids = scores.ids[picks.positions].tolist()
-            _promise(ids == scores.ids[run(scores).positions].tolist(), f"{case}: two runs with one seed differ")
+            told = _told(scores, picks)
+            _promise(told == _told(scores, run(scores)), f"{case}: two runs with one seed differ")
             other = shuffled(scores, np.random.default_rng(1).permutation(len(scores)))
-            _promise(
-                ids == other.ids[run(other).positions].tolist(), f"{case}: the picks depend on the order of the samples"
-            )
+            _promise(told == _told(other, run(other)), f"{case}: the picks depend on the order of the samples")
 
 
 def check_layer_type(module: nn.Module, parameter: str = "weight") -> None:
@@ -145,6 +144,78 @@ def check_layer_type(module: nn.Module, parameter: str = "weight") -> None:
                 if side.shape == found.shape
             ]
             _promise(any(near), f"{case}: the factors of {tokens} tokens do not give the gradient of {parameter}")
+
+
+def check_scorer(name: str) -> None:
+    """Check that a registered scorer keeps its contract.
+
+    It must give one floating-point number per sample, leave the pass as it was, and depend neither on batch mates, padding
+    and the token that fills it, nor on the order of the samples or on joining them without padding; also where samples have
+    several sequences, or a single response token.
+
+    Args:
+        name: the scorer's registered name.
+
+    Raises:
+        ContractError: the first promise that is broken.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from selector.batching import Batch, collate, join
+    from selector.data.samples import Sample, TokenSequence
+    from selector.forward import ForwardScores, scorers
+
+    config = LlamaConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, vocab_size=50
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).double().eval()
+    run = ForwardScores(model, {name: scorers[name]}, bos_token_id=1)
+    rng = np.random.default_rng(0)
+
+    def sequence(prompt: int, response: int, first: int) -> TokenSequence:
+        ids = rng.integers(3, 50, prompt + response).astype(np.int32)
+        ids[0] = first
+        return TokenSequence(ids, np.arange(prompt + response) >= prompt)
+
+    def logits(batch: Batch) -> tuple[torch.Tensor, None]:
+        return model(**batch.inputs, use_cache=False).logits, None
+
+    def values(batch: Batch) -> dict[str, float]:
+        given, _ = logits(batch)
+        before = given.clone()
+        found = run(batch, given, None, logits)[name]
+        _promise(found.shape == (len(batch.samples),), f"{case}: {list(found.shape)} numbers for {len(batch.samples)}")
+        _promise(torch.equal(given, before), f"{case}: the logits were changed")
+        return dict(zip([s.sample_id for s in batch.samples], found.tolist(), strict=True))
+
+    shapes = {1: [(3, 1), (5, 9), (1, 30), (40, 20)], 2: [(4, 6), (2, 13), (9, 60)]}
+    for several, lengths in shapes.items():
+        case = f"scorer {name!r}, {several} sequences each"
+        samples = [
+            Sample(f"{i}", i, None, tuple(sequence(*size, first=1 + (i + k) % 2) for k in range(several)))
+            for i, size in enumerate(lengths)
+        ]
+        with torch.no_grad(), run.attached():
+            alone = {key: value for sample in samples for key, value in values(collate([sample], 0)).items()}
+            batches = {
+                "batch mates or padding": collate(samples, 0),
+                "the token that fills the padding": collate(samples, 7),
+                "the order of the samples": collate(samples[::-1], 0),
+                "joining samples without padding": join(samples),
+            }
+            for what, batch in batches.items():
+                for key, value in values(batch).items():
+                    same = np.isclose(value, alone[key], rtol=1e-7, atol=1e-12, equal_nan=True)
+                    _promise(bool(same), f"{case}: the score depends on {what}: {alone[key]} alone, {value} together")
+
+
+def _told(scores: Scores, picks: Picks) -> tuple[list[Any], ...]:
+    """All that picks say, by sample id."""
+    weights = np.ones(len(picks.positions)) if picks.weights is None else picks.weights
+    return scores.ids[picks.positions].tolist(), picks.reasons.tolist(), weights.tolist()
 
 
 def _check_picks(case: str, scores: Scores, budget: Budget, picks: Picks, *, exact: bool) -> None:

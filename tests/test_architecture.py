@@ -20,8 +20,8 @@ LEVELS = {
     2: ("data", "store", "spectra"),
     3: ("batching", "selection", "index", "scores", "sampling.order"),
     4: ("gradients", "policies", "sampling"),
-    5: ("selecting", "export", "testing"),
-    6: ("scorer", "report"),
+    5: ("selecting", "export", "forward"),
+    6: ("scorer", "report", "testing"),
     7: ("integrations", "plots"),
     8: ("cli",),
     9: ("__main__",),
@@ -32,7 +32,7 @@ ONLY_IN = {
     "faiss": ("selector.index.faiss_backend",),
     "trl": ("selector.integrations", "selector.cli.demo"),
     "matplotlib": ("selector.plots",),
-    "tyro": ("selector.cli",),
+    "tyro": ("selector.cli", "selector.config"),  # settings carry their names and help on the command line
     "rich": ("selector.cli",),
     "jinja2": ("selector.report",),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from selector.config import ScoreConfig
@@ -80,6 +80,7 @@ def encode(tokenizer, rows, loss, truncation):
     max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(data_sets(), st.sampled_from(["truncate-prompt", "truncate-completion", "skip", "error"]))
+@example(([{"prompt": "", "completions": ["0", []], "advantages": [-1.0, -1.0]}], "policy-gradient"), "skip")
 def test_any_row_becomes_a_sample_with_a_status(tokenizer, rows_and_loss, truncation):
     rows, loss = rows_and_loss
     together = encode(tokenizer, rows, loss, truncation)

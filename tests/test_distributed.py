@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from selector.config import ScoreConfig
+from selector.forward import scorers
 from selector.scorer import score_dataset
 from selector.store import FeatureStore
 from selector.store.merge import merge
@@ -19,6 +20,7 @@ from selector.types import MEASURES
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 13
+SCORERS = ("spectra", *scorers)
 
 WORKER = """
 import json, sys
@@ -41,7 +43,7 @@ state = process_state()
 rank = state.process_index
 tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
 data = datasets.Dataset.from_json(str(POOL)).select(range(int(sys.argv[2])))
-config = ScoreConfig(shard_rows=3, tokens_per_batch=300, sketch_dimension=4)
+config = ScoreConfig(shard_rows=3, tokens_per_batch=300, sketch_dimension=4, scorers=tuple(sys.argv[3:]))
 model = LlamaForCausalLM.from_pretrained(folder / "model")
 
 score_dataset(model, tokenizer, data, folder / "shared", config)
@@ -98,7 +100,7 @@ def folder(tmp_path_factory, tokenizer) -> Path:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     done = subprocess.run(
-        [*launcher, str(path / "worker.py"), str(path), str(ROWS)],
+        [*launcher, str(path / "worker.py"), str(path), str(ROWS), *SCORERS],
         env=environment,
         capture_output=True,
         text=True,
@@ -115,7 +117,7 @@ def alone(folder, tokenizer, pool) -> FeatureStore:
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder / "model")
-    config = ScoreConfig(tokens_per_batch=4096, sketch_dimension=4)
+    config = ScoreConfig(tokens_per_batch=4096, sketch_dimension=4, scorers=SCORERS)
     return score_dataset(model, tokenizer, pool.select(range(ROWS)), folder / "alone", config)
 
 
@@ -125,6 +127,9 @@ def assert_equal(found: FeatureStore, expected: FeatureStore) -> None:
     assert found.manifest.fingerprint == expected.manifest.fingerprint
     for measure in MEASURES:
         np.testing.assert_allclose(found.features(measure), expected.features(measure), rtol=1e-5)
+    for name in scorers:
+        one, other = (store.to_arrow([name])[name].to_numpy() for store in (found, expected))
+        np.testing.assert_allclose(one, other, rtol=1e-5)
     np.testing.assert_allclose(
         found.sketches(), expected.sketches(), rtol=2e-3, atol=1e-3 * np.abs(expected.sketches()).max()
     )
@@ -165,7 +170,7 @@ def test_failure_of_one_process_is_told_by_all_and_loses_no_finished_shard(folde
     # begun on two processes, finished on one
     model = LlamaForCausalLM.from_pretrained(folder / "model")
     finished = score_dataset(
-        model, tokenizer, pool.select(range(ROWS)), folder / "failing", ScoreConfig(sketch_dimension=4)
+        model, tokenizer, pool.select(range(ROWS)), folder / "failing", ScoreConfig(sketch_dimension=4, scorers=SCORERS)
     )
     assert_equal(finished, alone)
     assert finished.manifest.cost[-1]["samples"] == ROWS - done

@@ -93,6 +93,9 @@ def test_llama_factory_finds_messages_through_dataset_info(tmp_path):
     tags, messages = entry["tags"], lines(data)[0][entry["columns"]["messages"]]
     assert [m[tags["role_tag"]] for m in messages] == [tags["user_tag"], tags["assistant_tag"]]
     assert [m[tags["content_tag"]] for m in messages] == ["Add.\n2+2?", "4 ✓"]
+    assert (
+        tags["observation_tag"] == "tool"
+    )  # a tool's answer takes the place of a user's turn; unnamed, the row is dropped
 
 
 def test_llama_factory_ranks_pairs_and_reads_text(tmp_path):

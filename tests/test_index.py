@@ -9,6 +9,7 @@ import pytest
 
 from selector.errors import GradientIndexError
 from selector.index import Filter, GradientIndex
+from selector.index.tuning import check_device
 from selector.neighbours import Neighbours
 
 
@@ -141,6 +142,29 @@ def test_recall_reached_is_the_recall_reported(kind):
     found = index.search(queries, 10).lists.positions.reshape(300, 10)
     recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)])
     assert recall >= 0.98
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_short_codes_span_every_scale(scale):
+    vectors = pool(5000, 32) * np.float32(scale)
+    index = GradientIndex.from_vectors(names(5000), vectors, metric="l2", kind="ivf")
+    assert index.plan.recall >= 0.99
+
+
+def test_settings_of_faiss_are_put_back():
+    faiss = pytest.importorskip("faiss")
+    index = GradientIndex.from_vectors(names(500), pool(500), kind="ivf")
+    before = faiss.cvar.distance_compute_blas_threshold, faiss.omp_get_max_threads()
+    for count in (1, 5, 50):
+        index.search(pool(count, seed=1))
+    assert before == (faiss.cvar.distance_compute_blas_threshold, faiss.omp_get_max_threads())
+
+
+@pytest.mark.parametrize("kind", ["ivf", "ivf-pq"])
+def test_codes_that_a_gpu_cannot_search_are_refused_there(kind):
+    with pytest.raises(GradientIndexError, match="on the CPU alone"):
+        check_device(kind, "cuda")
+    check_device("ivf-sq8", "cuda")
 
 
 def test_flat_energy_is_searched_whole_and_says_so():

@@ -19,6 +19,7 @@ from selector.types import Picks
         ("top", True, {}),
         ("bottom", True, {}),
         ("random", True, {}),
+        ("proportional", True, {}),
         ("band", False, {}),
         ("threshold", False, {"minimum": 0.0}),
     ],

@@ -174,5 +174,5 @@ def test_paper_recipe_prints_its_tables(tmp_path, monkeypatch, capsys):
 
 
 def test_list_of_recipes_is_whole():
-    listed = set(re.findall(r"`([\w.-]+\.(?:sh|py))`", (RECIPES / "README.md").read_text(encoding="utf-8")))
-    assert listed == {path.name for path in RECIPES.iterdir() if path.suffix in (".sh", ".py")}
+    listed = set(re.findall(r"`([\w.-]+\.(?:sh|py|yaml))`", (RECIPES / "README.md").read_text(encoding="utf-8")))
+    assert listed == {path.name for path in RECIPES.iterdir() if path.suffix in (".sh", ".py", ".yaml")}

@@ -15,9 +15,9 @@ from selector.sampling import (
     CURRICULA,
     AdaptiveSampler,
     FocusSignal,
-    Groups,
     RewardSignal,
     SelectionSampler,
+    TapSignal,
     load_state,
     save_state,
 )
@@ -49,27 +49,6 @@ def test_every_epoch_draws_each_sample_once(
     drawn = epoch(sampler, number)
     assert sorted(drawn) == list(range(0, 2 * n, 2))
     assert len(drawn) == len(sampler)
-
-
-@given(
-    n=st.integers(1, 60), m=st.integers(1, 4), b=st.integers(1, 6), r=st.integers(1, 3),
-    adaptive=st.booleans(), data=st.data(),
-)  # fmt: skip
-def test_groups_stay_whole_and_ranks_agree(n: int, m: int, b: int, r: int, adaptive: bool, data: st.DataObject) -> None:
-    def make() -> SelectionSampler:
-        options = {"groups": Groups(m, b, r), "batch_size": b, "seed": 1}
-        return (
-            AdaptiveSampler(selection(n), RewardSignal(), **options)
-            if adaptive
-            else SelectionSampler(selection(n), **options)
-        )
-
-    one, other = (np.array(list(make())) for _ in range(2))
-    assert one.tolist() == other.tolist()
-    assert len(one) == len(make()) == n // b * b * m * r
-    chunks = one.reshape(-1, r, b, m)
-    assert (chunks == chunks[:, :1, :, :1]).all()
-    assert all(len(set(chunk[0, :, 0].tolist())) == b for chunk in chunks)
 
 
 def test_setting_the_same_epoch_again_changes_nothing() -> None:
@@ -168,6 +147,75 @@ def test_zero_variance_groups_are_counted() -> None:
     assert signal.metrics()["uniform_groups"] == pytest.approx(2 / 3)
 
 
+def test_rewards_that_know_more_than_passed_and_failed_are_told_apart() -> None:
+    """No completion passes, yet one group differs in its rewards and has a gradient."""
+    signal = RewardSignal(learnability="variance", richness=0.0, forget=0.5)
+    signal.bind(np.array(["a", "b", "c"]), np.zeros(3))
+    positions, rewards = np.repeat([0, 1], 4), np.array([0.1, 0.4, 0.1, 0.4, 0.3, 0.3, 0.3, np.nan])
+    signal.observe(positions, rewards)
+    assert signal.metrics()["uniform_groups"] == 0.5
+    np.testing.assert_allclose(signal.reward_variances(), [0.15**2, 0.0, np.nan], atol=1e-12)
+    untried_first = signal.weights()
+    assert untried_first[2] == untried_first.max()
+    for _ in range(6):
+        signal.observe(positions, rewards)
+    weights = signal.weights()
+    assert weights[0] > 3 * weights[1]
+
+
+def test_prompts_without_success_are_routed_once_and_left_to_coverage() -> None:
+    routed: list[list[str]] = []
+    sampler = adaptive(12, 4, 0.25, RewardSignal(hopeless_after=8, on_unsolved=routed.append))
+    hopeless = np.repeat([3, 5], 4)
+    for _ in range(4):
+        sampler.signal.observe(hopeless, np.zeros(8))
+    assert routed == [["s0003", "s0005"]]
+    assert np.flatnonzero(sampler.weights() == 0).tolist() == [3, 5]
+    drawn = np.concatenate([sampler._batch(4) for _ in range(12)])
+    assert {3, 5} <= set(drawn.tolist()), "they come again, so that a better model may solve them"
+    sampler.signal.observe(np.array([3]), np.ones(1))
+    assert sampler.weights()[3] > 0
+
+
+def test_live_spectra_take_the_place_of_scores() -> None:
+    spectra = TapSignal(control="none")
+    signal = RewardSignal(spectra=spectra)
+    sampler = adaptive(4, 2, signal=signal)
+    assert sampler.weights().argmax() == 3
+    spectra.observe(np.arange(4), np.array([9.0, 1.0, 2.0, 3.0]), np.ones(4, dtype=np.int64), step=0)
+    assert sampler.weights().argmax() == 0
+    again = adaptive(4, 2, signal=RewardSignal(spectra=TapSignal(control="none")))
+    assert again.identity == sampler.identity != adaptive(4, 2).identity
+    again.load_state_dict(sampler.state_dict())
+    np.testing.assert_array_equal(again.weights(), sampler.weights())
+    assert "live_effective_rank" in again.metrics(0, 0)
+
+
+@given(parts=st.lists(st.integers(0, 3), min_size=12, max_size=12), visits=st.integers(1, 3))
+def test_measurements_of_a_visit_are_averaged_however_it_is_split(parts: list[int], visits: int) -> None:
+    """Twelve rollouts of four prompts, spread over up to four micro-steps; a later visit takes the place of an earlier."""
+    rng = np.random.default_rng(0)
+    whole, split = TapSignal(), TapSignal()
+    for signal in (whole, split):
+        signal.bind(np.array(["a", "b", "c", "d"]), np.zeros(4))
+    positions, part = np.arange(12) % 4, np.array(parts)
+    for visit in range(visits):
+        values, tokens = rng.exponential(size=12), rng.integers(1, 9, 12)
+        values[5] = np.nan
+        whole.observe(positions, values, tokens, step=0, visit=visit)
+        for step in range(4):
+            mine = part == step
+            split.observe(positions[mine], values[mine], tokens[mine], step=step, visit=visit)
+        np.testing.assert_allclose(split.values, whole.values)
+        np.testing.assert_allclose(split.weights(), whole.weights())
+
+
+def test_a_signal_with_other_settings_is_refused(tmp_path: Path) -> None:
+    save_state(adaptive(8, signal=RewardSignal(richness=0.5)), tmp_path)
+    with pytest.raises(SelectionError, match=r"signal\.richness = 0.7"):
+        load_state(adaptive(8, signal=RewardSignal(richness=0.7)), tmp_path)
+
+
 def test_the_focus_moves_with_success_and_stays_within_bounds() -> None:
     angles = {f"s{i:04d}": float(100 - i) for i in range(100)}
     signal = FocusSignal(angles, step=0.1)
@@ -254,6 +302,9 @@ def test_metrics_describe_what_was_trained_on() -> None:
     assert figures["coverage"] == 0.4
     assert figures["mean_score"] == sampler.scores[sampler.drawn()[:4]].mean()
     assert figures["share/a"] + figures["share/b"] == 1
+    mixed = SelectionSampler(selection(10, weights), sources=np.array(["x"] * 9 + ["y"]))
+    list(mixed)
+    assert mixed.metrics(0, 10)["share/x"] == 0.9
 
 
 def test_options_out_of_range_are_refused() -> None:

@@ -11,6 +11,7 @@ import torch
 from oracles import autograd_gradients
 
 from selector.batching import Batch, BatchQueue, collate, deal, join, token_budget_batches
+from selector.cli.inspect import time_by_phase
 from selector.cli.merge import MergeCommand
 from selector.cli.score import show_estimate, summarize
 from selector.cli.transfer import TransferCommand
@@ -162,7 +163,7 @@ def test_sample_that_does_not_fit_alone_gets_a_status(small_llama, tokenizer, po
     table = store.to_arrow(["status", "n_tokens", "effective_rank"]).to_pylist()
     assert {row["status"] for row in table} == {"ok", "error: out of memory"}
     assert all(
-        (row["status"] == "ok") == (row["n_tokens"] <= 150) == (row["effective_rank"] is not None) for row in table
+        (row["status"] == "ok") == (row["n_tokens"] <= 150) == (None not in row["effective_rank"]) for row in table
     )
 
 
@@ -308,6 +309,21 @@ def test_ledger_holds_time_bytes_and_the_ratio_to_an_epoch(small_llama, tokenize
     assert entry["device_seconds"] == entry["seconds"] > 0
     assert entry["epoch_ratio"] > 1 / 3
     assert entry["store_bytes"] == sum(path.stat().st_size for path in store.shard_paths())
+
+
+def test_ledger_says_what_the_time_went_to(small_llama, tokenizer, pool, tmp_path, capsys):
+    store = score_dataset(small_llama, tokenizer, pool.select(range(6)), tmp_path / "s")
+    (entry,) = store.manifest.cost
+    phases = {name: sum(seconds) for name, seconds in entry["phases"].items()}
+    assert min(phases.values()) >= 0
+    assert phases.pop("preparing") > 0
+    assert set(phases) == {"model", "factors", "spectra", "scores", "writing", "other", "waiting"}
+    assert sum(phases.values()) == pytest.approx(entry["seconds"], abs=0.01)
+    assert min(phases[name] for name in ("model", "factors", "spectra")) > 0
+    summarize(store, 0.0)
+    assert "s of preparing; then model " in capsys.readouterr().out
+    older = {name: value for name, value in entry.items() if name != "phases"}
+    assert time_by_phase(older) == "not recorded"
 
 
 def test_progress_line_speaks_for_all_processes():

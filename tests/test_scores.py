@@ -20,6 +20,7 @@ from selector.scores import (
     read_scores,
     score,
     spearman,
+    spearman_interval,
     write_scores,
 )
 from selector.scores.aggregate import feature_scale
@@ -121,6 +122,16 @@ def test_a_fit_survives_json_and_applies_to_another_pool(store, kind):
     longer = fit.apply(np.array([50.0, np.nan, 0.0]), np.array([10**6, 1, 1]), np.array([10**6, 1, 1]))
     assert np.isfinite(longer[0])
     assert np.isnan(longer[1])
+
+
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_a_control_can_be_undone_at_any_length(store, kind):
+    scores = score(store[0], control=kind)
+    control = load_control(scores.provenance["control"])
+    prompt, completion = scores.n_tokens - scores.n_loss_tokens, scores.n_loss_tokens
+    np.testing.assert_allclose(control.restore(scores.values, prompt, completion), scores.raw, rtol=1e-9)
+    longer = control.restore(scores.values, prompt * 3, completion * 3)
+    np.testing.assert_allclose(control.apply(longer, prompt * 3, completion * 3), scores.values, rtol=1e-9, atol=1e-12)
 
 
 @settings(max_examples=30, deadline=None)
@@ -235,6 +246,19 @@ def test_spearman_matches_scipy_with_ties():
     a[3] = np.nan
     assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b, nan_policy="omit").statistic)
     assert np.isnan(spearman(a, np.ones(80)))
+
+
+def test_spearman_intervals_hold_the_truth_as_often_as_they_say():
+    rng, truth = np.random.default_rng(0), 6 / np.pi * np.arcsin(0.6 / 2)
+    held = 0
+    for _ in range(400):
+        x = rng.normal(size=60)
+        y = 0.6 * x + 0.8 * rng.normal(size=60)
+        low, high = spearman_interval(spearman(x, y), 60)
+        held += low <= truth <= high
+    assert 0.92 <= held / 400 <= 0.98
+    assert spearman_interval(0.9, 3) == (-1.0, 1.0)
+    assert spearman_interval(float("nan"), 50) == (-1.0, 1.0)
 
 
 def test_a_table_of_scores_reads_back_what_was_written(tmp_path, store):

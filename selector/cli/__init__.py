@@ -14,6 +14,7 @@ from typing import Annotated, Union
 import tyro
 
 from selector.cli.command import Command
+from selector.cli.compare import CompareCommand
 from selector.cli.demo import DemoCommand
 from selector.cli.doctor import DoctorCommand
 from selector.cli.export import ExportCommand
@@ -21,6 +22,7 @@ from selector.cli.index import IndexCommand
 from selector.cli.inspect import InfoCommand, VerifyCommand
 from selector.cli.merge import MergeCommand
 from selector.cli.plot import PlotCommand
+from selector.cli.predict import PredictCommand
 from selector.cli.replay import RunCommand
 from selector.cli.report import ReportCommand
 from selector.cli.score import ScoreCommand
@@ -30,8 +32,8 @@ from selector.cli.transfer import TransferCommand
 from selector.errors import SelectorError
 
 COMMANDS: tuple[type[Command], ...] = (
-    DemoCommand, ScoreCommand, InfoCommand, VerifyCommand, MergeCommand, IndexCommand, SearchCommand, SelectCommand,
-    ExportCommand, ReportCommand, PlotCommand, TransferCommand, RunCommand, DoctorCommand,
+    DemoCommand, ScoreCommand, InfoCommand, VerifyCommand, MergeCommand, IndexCommand, SearchCommand, PredictCommand,
+    SelectCommand, CompareCommand, ExportCommand, ReportCommand, PlotCommand, TransferCommand, RunCommand, DoctorCommand,
 )  # fmt: skip
 
 DESCRIPTION = "Choose post-training data by what each sample would do to the model."

@@ -30,7 +30,7 @@ class EvidenceCommand(Command):
     selections: Annotated[tuple[Path, ...], Positional] = ()
     """Directories that `selector select` wrote, or selection files; the first one is looked at most closely."""
     by: str | None = None
-    """Score to show; the one that the first selection was made by, else effective_rank."""
+    """Score to show; the one that the first selection was made by, else effective_rank where the store holds spectra."""
     data: str | None = None
     """The data set that was scored, to show texts; the file that the store names, where it is still there."""
     split: str = "train"
@@ -58,9 +58,10 @@ class EvidenceCommand(Command):
 
     def _scores(self, store: FeatureStore, selection: Selection | None) -> dict[str, Scores]:
         """The score that was selected by, with its own aggregation and control, and the others with the usual ones."""
-        from selector.scores import HIGHER_FIRST, read_scores, score
+        from selector.scores import available, read_scores, score
+        from selector.types import MEASURES
 
-        names = [name for name in HIGHER_FIRST if name not in ("n_tokens", "stable_rank")]
+        names = [*(MEASURES if store.layers else ()), *store.manifest.scores, "loss"]
         if self.by is not None:
             first = {self.by: score(store, self.by)}
         elif selection is not None and (self.selections[0] / SCORES).is_file():
@@ -68,7 +69,7 @@ class EvidenceCommand(Command):
             first = {str(found.provenance.get("by", "score")): found}
         else:
             recorded = selection.provenance.get("scores", {}).get("by") if selection is not None else None
-            name = recorded if recorded in HIGHER_FIRST else "effective_rank"
+            name = recorded if recorded in available(store) else names[0]
             first = {name: score(store, name)}
         return first | {name: score(store, name) for name in names if name not in first}
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from tyro.conf import OmitArgPrefixes
 
 from selector.cli.command import Command, console
+from selector.cli.inspect import time_by_phase
 from selector.config import ScoreConfig
 from selector.data.layout import without_failure
 
@@ -31,6 +32,7 @@ class ScoreCommand(Command):
     Example: selector score --model Qwen/Qwen2.5-1.5B --data train.jsonl --out features/
 
     The same command under `accelerate launch -m` uses all GPUs. Run it again to finish what was interrupted.
+    `--with spectra ifd` computes other scores beside the spectra, `--with loss ifd` instead of them, by forward passes alone.
     """
 
     name: ClassVar[str] = "score"
@@ -61,7 +63,8 @@ class ScoreCommand(Command):
     def run(self) -> int:
         from selector.data.load import load_rows
         from selector.errors import SelectorError, raise_all
-        from selector.scorer import estimate_run, explain, load_model, score_dataset
+        from selector.forward import named_scorers
+        from selector.scorer import check_explainable, estimate_run, explain, load_model, score_dataset
         from selector.scorer.processes import process_state, together
         from selector.scorer.sharding import wants_sharding
 
@@ -71,6 +74,12 @@ class ScoreCommand(Command):
         problems: list[SelectorError] = []
         dataset = model = tokenizer = reference = None
         with together(state):
+            try:
+                named_scorers(self.config.scorers)
+                if self.explain:
+                    check_explainable(self.config)
+            except SelectorError as error:
+                problems.append(error)
             try:
                 dataset = load_rows(self.data, self.split)
             except SelectorError as error:
@@ -122,7 +131,9 @@ def show_estimate(plan: Plan, estimate: Estimate | None) -> None:
     table = Table("", "", title="dry run: nothing was written", show_header=False)
     layers = {target.spec.layer for target in plan.targets}
     projections = list(dict.fromkeys(target.spec.projection for target in plan.targets))
-    table.add_row("layers matched", f"{len(layers)} layers: {', '.join(projections)}; {len(plan.targets)} matrices")
+    if layers:
+        table.add_row("layers matched", f"{len(layers)} layers: {', '.join(projections)}; {len(plan.targets)} matrices")
+    table.add_row("scores", ", ".join(["loss", *plan.scorers]) + ("" if layers else "; no backward pass, no spectra"))
     statuses = Counter(sample.status for sample in plan.samples)
     table.add_row("samples", ", ".join(f"{count:,} {status}" for status, count in statuses.most_common()))
     table.add_row("truncated", f"{sum(sample.truncated for sample in plan.samples):,}")
@@ -167,6 +178,7 @@ def summarize(store: FeatureStore, max_failed: float) -> int:
             f"({rate:.1f} samples/s) on {cost['processes']} x {cost['device']}, {cost['device_seconds']:,.0f} device seconds; "
             f"{cost['epoch_ratio'] or 0:.2f} times an epoch of training; {cost['store_bytes'] / max(total, 1):,.0f} bytes per sample"
         )
+        out.print(f"time: {time_by_phase(cost)}")
     failed = total - sum(statuses[status] for status in without_failure(store.manifest.identity["loss"]))
     if failed > max_failed * total:
         print(

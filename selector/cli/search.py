@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 from rich.markup import escape
@@ -15,16 +14,13 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from selector.cli.command import Command, console
-from selector.config import ScoreConfig, from_mapping
-from selector.errors import ConfigError, DataError, StoreError
+from selector.cli.foreign import place
+from selector.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import datasets
 
     from selector.index import Filter, GradientIndex
-
-SAME = ("model", "tokenizer", "dtype", "loss", "reference", "precision")
-"""What must be as it was for the indexed store, or the place of a new row would mean nothing; its settings are replayed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +78,9 @@ class SearchCommand(Command):
             yield ("the row", *neighbors)
 
     def _vector(self, index: GradientIndex, like: str) -> np.ndarray:
-        """The place of a new row in the index: it goes through the whole scorer, into a store of its own for a moment."""
+        """The place of a new row in the index."""
         import datasets
 
-        from selector.scorer import load_model, score_dataset
         from selector.store import FeatureStore
 
         try:
@@ -96,32 +91,7 @@ class SearchCommand(Command):
             raise DataError("--like is no row", got=type(row).__name__, allowed="a JSON object")
         if self.store is None:
             raise ConfigError("a row needs the store that was indexed", fix="name its directory with --store")
-        store = FeatureStore.open(self.store)
-        if index.standardization is None or index.store != store.manifest.fingerprint:
-            raise StoreError(
-                "the index was made from another store", got=store.manifest.fingerprint, allowed=index.store,
-                fix="name the store that was indexed, or build the index again",
-            )  # fmt: skip
-        command = store.manifest.command
-        if "model" not in command:
-            raise StoreError(
-                "the store does not say where its model lies", fix="score with the `selector score` command"
-            )
-        settings: dict[str, Any] = {**command["config"], "id_column": None, "limit": None}
-        config = from_mapping(ScoreConfig, settings, str(self.store))
-        identity = store.manifest.identity
-        template = Path(command["chat_template"]) if command.get("chat_template") else None
-        model, tokenizer = load_model(command["model"], identity["dtype"], chat_template=template)
-        with tempfile.TemporaryDirectory() as folder:
-            one = score_dataset(model, tokenizer, datasets.Dataset.from_list([row]), Path(folder) / "row", config)
-            changed = [name for name in SAME if one.manifest.identity.get(name) != identity.get(name)]
-            if changed:
-                raise StoreError(
-                    "a row cannot be scored as the store was: " + ", ".join(changed) + " differ",
-                    got=[one.manifest.identity.get(name) for name in changed], allowed=[identity.get(name) for name in changed],
-                    fix="use the model of the store, or score the data set again",
-                )  # fmt: skip
-            return index.standardization.apply({name: one.features(name) for name in index.standardization.measures})
+        return place(datasets.Dataset.from_list([row]), FeatureStore.open(self.store), index)
 
 
 def _table(

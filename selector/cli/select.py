@@ -2,86 +2,84 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 from rich.table import Table
-from tyro.conf import Positional
 
-from selector.cli.command import Command, console
-from selector.config import save_yaml
-from selector.errors import ConfigError, StoreError
-from selector.scores.aggregate import Aggregation
-from selector.store.schema import CONFIG, MANIFEST
+from selector.cli.command import console
+from selector.cli.scored import ScoredCommand
+from selector.config import load_yaml, save_yaml
+from selector.errors import ConfigError
+from selector.store.schema import CONFIG
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import Console
 
+    from selector.index import GradientIndex
     from selector.selection import Selection
     from selector.types import Scores
 
 SELECTION, CONTROL, SCORES = "selection.parquet", "matched_random.parquet", "scores.parquet"
+BUDGET = "10%"
+MATCHING = ("match-target", "target-subspace", "gradient-matching", "then", "union")
+"""Policies that look at targets, and those made of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectCommand(Command):
+class SelectCommand(ScoredCommand):
     """Pick the samples to train on, and a random control of the same length profile beside them.
 
     Example: selector select features/ --budget 10% --out selection/
 
-    Writes selection.parquet, matched_random.parquet and scores.parquet.
+    Samples whose gradients point the way of some examples, which are scored on the fly:
+    selector select features/ --index index/ --policy match-target --targets examples.jsonl --out selection/
+
+    Writes selection.parquet, matched_random.parquet and scores.parquet. STORE may also be a scores.parquet.
     """
 
     name: ClassVar[str] = "select"
 
-    store: Annotated[Path, Positional]
-    """Directory of the feature store, or a scores.parquet."""
     out: Path
     """Directory of the selection."""
-    by: str | None = None
-    """What to score by: effective_rank, nuclear_norm, frobenius_norm, spectral_norm, stable_rank, loss or n_tokens."""
-    budget: str = "10%"
-    """How much: 500, 10%, 200k tokens, or 10% tokens."""
+    budget: str | None = None
+    """How much: 500, 10%, 200k tokens, or 10% tokens; 10% where the policy's file says nothing either."""
     policy: str = "top"
-    """How to pick: top, bottom, random, band, threshold and others."""
+    """How to pick: top, bottom, random, band, threshold and others; or a YAML file with `policy` and its options."""
     options: tuple[str, ...] = ()
     """Options of the policy, as name=value: low=0.5 high=0.9."""
-    control: Literal["length", "bins", "per-token", "none"] = "length"
-    """How length is taken out of the score; length is the residual of a spline."""
-    prefer: Literal["auto", "high", "low"] = "auto"
-    """Which end of the score comes first; auto is high for ranks and low for norms and loss."""
-    aggregation: Aggregation = field(default_factory=Aggregation)
-    """How layers and projections become one number."""
     index: Path | None = None
     """Directory of an index, for policies about similarity."""
+    targets: str | None = None
+    """What to match: a data set of examples, scored with the store's model and settings; or a .txt file of sample ids, one a line, which are then not picked."""
+    indexed_store: Path | None = None
+    """Directory of the store that was indexed, for targets that are to be scored, where STORE is a scores.parquet."""
     seed: int = 0
     """All that chance depends on."""
 
     def run(self) -> int:
         from selector.index import GradientIndex
-        from selector.scores import read_scores, score, write_scores
+        from selector.policies import POLICIES, Budget
+        from selector.policies.base import check_options
+        from selector.scores import read_scores, write_scores
         from selector.selecting import matched_random, select
-        from selector.store import FeatureStore
 
-        if self.store.is_dir() and not (self.store / MANIFEST).exists():
-            raise StoreError(
-                f"no feature store at {self.store}", got="no " + MANIFEST, fix="make one with `selector score`"
-            )
-        if self.store.is_file():
-            scores = read_scores(self.store, self.by)
-        else:
-            higher = {"auto": None, "high": True, "low": False}[self.prefer]
-            scores = score(
-                FeatureStore.open(self.store),
-                self.by or "effective_rank",
-                control=self.control,
-                aggregation=self.aggregation,
-                higher_first=higher,
-            )
-        index = {"index": GradientIndex.open(self.index)} if self.index is not None else {}
-        selection = select(scores, budget=self.budget, policy=self.policy, seed=self.seed, **index, **self._options())
+        plan = self._plan
+        Budget.parse(plan["budget"])
+        check_options(plan["policy"], POLICIES[plan["policy"]], plan["options"])
+        if self.targets is not None:
+            self._check_targets()
+        scores = read_scores(self.store, self.by) if self.store.is_file() else self.scores(self.seed)
+        index = GradientIndex.open(self.index) if self.index is not None else None
+        selection = select(
+            scores, budget=plan["budget"], policy=plan["policy"], index=index, target=self._target(index), seed=self.seed,
+            **plan["options"],
+        )  # fmt: skip
         control = matched_random(selection, scores, seed=self.seed)
         self.out.mkdir(parents=True, exist_ok=True)
         selection.save(self.out / SELECTION)
@@ -96,14 +94,69 @@ class SelectCommand(Command):
         )
         return 0
 
-    def _options(self) -> dict[str, Any]:
-        parsed = {}
+    def settings(self) -> dict[str, Any]:
+        """The policy's file is written out, so that a replay does not depend on it."""
+        plan = self._plan
+        options = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in plan["options"].items()]
+        return super().settings() | {"policy": plan["policy"], "budget": plan["budget"], "options": options}
+
+    @cached_property
+    def _plan(self) -> dict[str, Any]:
+        """Name, budget and options of the policy, from its file and the command line, which wins."""
+        options = {}
         for entry in self.options:
             name, equals, value = entry.partition("=")
             if not equals:
                 raise ConfigError("an option of the policy cannot be read", got=entry, allowed="name=value")
-            parsed[name] = yaml.safe_load(value)
-        return parsed
+            options[name] = yaml.safe_load(value)
+        if not self.policy.endswith((".yaml", ".yml")):
+            return {"policy": self.policy, "budget": self.budget or BUDGET, "options": options}
+        values = load_yaml(Path(self.policy))
+        if not isinstance(values.get("policy"), str):
+            raise ConfigError(
+                f"{self.policy} names no policy", got=", ".join(map(str, values)) or "nothing", allowed="policy: NAME and its options"
+            )  # fmt: skip
+        name, budget = values.pop("policy"), values.pop("budget", BUDGET)
+        return {"policy": name, "budget": self.budget or str(budget), "options": values | options}
+
+    def _check_targets(self) -> None:
+        if self._plan["policy"] not in MATCHING:
+            raise ConfigError(
+                f"the policy {self._plan['policy']!r} looks at no targets", got=f"--targets {self.targets}", allowed=", ".join(MATCHING),
+                fix="choose one with --policy, or leave --targets out",
+            )  # fmt: skip
+        if self.index is None:
+            raise ConfigError(
+                "targets are compared in an index", got="no index", fix="make one with `selector index` and name it with --index"
+            )  # fmt: skip
+
+    def _target(self, index: GradientIndex | None) -> np.ndarray | list[str] | None:
+        """Vectors of examples, or ids of samples."""
+        from selector.cli.foreign import place
+        from selector.data.load import load_rows
+        from selector.store import FeatureStore
+
+        if self.targets is None or index is None:
+            return None
+        if self.targets.endswith(".txt"):
+            return _ids(Path(self.targets))
+        if self.store.is_file() and self.indexed_store is None:
+            raise ConfigError(
+                "examples are scored as the indexed store was", got="a table of scores", fix="name the store with --indexed-store"
+            )  # fmt: skip
+        store = self.opened() if self.indexed_store is None else FeatureStore.open(self.indexed_store)
+        return place(load_rows(self.targets), store, index)
+
+
+def _ids(path: Path) -> list[str]:
+    """Sample ids of a text file, one a line."""
+    try:
+        ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("the targets cannot be read", got=error, allowed="a .txt file of sample ids") from error
+    if not ids:
+        raise ConfigError("there are no targets", got=f"{path} is empty", allowed="one sample id a line")
+    return ids
 
 
 def explain(out: Console, scores: Scores, selection: Selection) -> None:

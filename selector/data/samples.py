@@ -178,7 +178,8 @@ class Encoder:
     def _status_without_pass(self, sequences: list[TokenSequence]) -> str:
         """Status of a sample whose gradient is known to be missing or zero before any pass of the model."""
         with_loss = [sequence.loss_mask.any() for sequence in sequences]
-        if not (all(with_loss) if self.loss == "dpo" else any(with_loss)):
+        enough = all(with_loss) if self.loss == "dpo" else any(with_loss)
+        if not enough or not all(map(len, sequences)):  # a sequence without any token cannot be read by a model
             return "no_loss_tokens"
         if self.loss == "policy-gradient" and _cancel(sequences):
             return "zero_gradient"

@@ -102,6 +102,7 @@ def _llama_factory_settings(format: str, file: str) -> dict[str, dict[str, Any]]
         "user_tag": "user",
         "assistant_tag": "assistant",
         "system_tag": "system",
+        "observation_tag": "tool",
     }
     entry: dict[str, Any] = {
         "file_name": file,

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from selector.types import LayerSpec
 
 TO_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
+"""What decoder layers of transformers call the cache: `cache` since 5.24."""
 
 
 def decoder_layers(model: nn.Module, specs: Sequence[LayerSpec]) -> list[nn.Module]:
@@ -53,7 +55,7 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # a cache would take the keys and values in twice
-    kwargs |= {name: None for name in ("past_key_values", "past_key_value", "layer_past") if name in kwargs}
+    kwargs |= {name: None for name in CACHES if name in kwargs}
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 

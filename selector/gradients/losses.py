@@ -122,8 +122,9 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Float[Tensor, "P V"], tokens: Int[Tensor, " P"]) -> Float[Tensor, " P"]:
         exact = torch.promote_types(logits.dtype, torch.float32)
-        totals = [chunk.to(exact).logsumexp(-1) for chunk in logits.split(ROWS_AT_ONCE)]
-        total = torch.cat(totals) if totals else logits.new_empty(0, dtype=exact)
+        total = logits.new_empty(len(tokens), dtype=exact)
+        for rows in _pieces(len(tokens)):
+            total[rows] = logits[rows].to(exact).logsumexp(-1)
         ctx.save_for_backward(logits, tokens, total)
         return logits.gather(1, tokens[:, None]).squeeze(1).to(exact) - total
 
@@ -131,11 +132,34 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         logits, tokens, total = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for rows in torch.arange(len(logits), device=logits.device).split(ROWS_AT_ONCE):
-            part = torch.exp(logits[rows].to(total.dtype) - total[rows, None]).neg_()
-            part[torch.arange(len(rows), device=logits.device), tokens[rows]] += 1.0
-            gradient[rows] = (part * grads[0][rows, None]).to(gradient.dtype)
+        # memory traffic is all that this costs: a piece is copied once and changed in place
+        for rows in _pieces(len(tokens)):
+            part = logits[rows].to(total.dtype, copy=True)
+            part.sub_(total[rows, None]).exp_()
+            part[torch.arange(len(part), device=part.device), tokens[rows]] -= 1.0
+            gradient[rows] = part.mul_(-grads[0][rows, None])
         return gradient, None
+
+
+def _pieces(count: int) -> Iterator[slice]:
+    return (slice(start, start + ROWS_AT_ONCE) for start in range(0, count, ROWS_AT_ONCE))
+
+
+def token_log_probs(
+    logits: Float[Tensor, "R K V"], batch: Batch, columns: Int[Tensor, " K"] | None = None
+) -> tuple[Float[Tensor, " P"], Int[Tensor, " P"]]:
+    """Log-probability of each loss token, sequence after sequence, nats, in float32 or better; and its sequence.
+
+    Args:
+        logits: next-token scores; position t predicts token t + 1.
+        batch: the samples that gave them; every token of the loss mask is predicted.
+        columns: positions that the logits are of; all of the batch's when None.
+    """
+    if columns is None:
+        columns = torch.arange(batch.input_ids.shape[1] - 1, device=logits.device)
+    predicted = batch.loss_mask[:, columns + 1]
+    log_probs = _TokenLogProbs.apply(logits[:, : len(columns)][predicted], batch.input_ids[:, columns + 1][predicted])
+    return log_probs, batch.sequence_of_token[:, columns + 1][predicted]
 
 
 def sequence_log_probs(
@@ -144,15 +168,11 @@ def sequence_log_probs(
     """Log-probability of the loss tokens of each sequence, nats, in float32 or better.
 
     Args:
-        logits: next-token scores; position t predicts token t + 1.
-        batch: the samples that gave them; every token of the loss mask is predicted.
-        columns: positions that the logits are of; all but the last of the batch's when None.
+        logits: as for `token_log_probs`.
+        batch: the samples that gave them.
+        columns: as for `token_log_probs`.
     """
-    if columns is None:
-        columns = torch.arange(batch.input_ids.shape[1] - 1, device=logits.device)
-    predicted = batch.loss_mask[:, columns + 1]
-    log_probs = _TokenLogProbs.apply(logits[:, : len(columns)][predicted], batch.input_ids[:, columns + 1][predicted])
-    owners = batch.sequence_of_token[:, columns + 1][predicted]
+    log_probs, owners = token_log_probs(logits, batch, columns)
     return log_probs.new_zeros(len(batch.reference)).index_add(0, owners, log_probs)
 
 

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float32, Int64
 
 Metric = Literal["cosine", "l2"]
 
-BLOCK_BYTES = 64 << 20
-"""Size of the temporary arrays in which candidates are ranked."""
+BLOCK_BYTES = 2 << 20
+"""Size of the temporary arrays in which candidates are ranked, within a core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,7 @@ def rank(
     Returns:
         Bounds of each query's entries, positions, and squared distances.
     """
+    vectors = np.asarray(vectors)  # a memory map answers slowly; its array does not
     width = candidates.positions.shape[1]
     step = max(1, BLOCK_BYTES // max(1, 4 * width * vectors.shape[1]))
     kept, found, counts = [], [], []
@@ -85,10 +86,10 @@ def rank(
         squares[np.arange(width) >= candidates.counts[rows, None]] = np.inf
         if excluded is not None:
             squares[positions == excluded[rows, None]] = np.inf
-        order = np.lexsort((positions, squares), axis=1)[:, :k]
-        squares = np.take_along_axis(squares, order, axis=1)
+        order = np.arange(len(squares))[:, None], np.lexsort((positions, squares), axis=1)[:, :k]
+        squares = squares[order]
         valid = np.isfinite(squares)
-        kept.append(np.take_along_axis(positions, order, axis=1)[valid])
+        kept.append(positions[order][valid])
         found.append(squares[valid])
         counts.append(valid.sum(axis=1))
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([np.zeros(0, np.int64), *counts]))])

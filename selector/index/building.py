@@ -16,7 +16,7 @@ from selector.index.backend import Backend, Metric
 from selector.index.faiss_backend import FaissFlat, FaissIVF, installed
 from selector.index.rotation import Rotation
 from selector.index.torch_backend import TorchFlat
-from selector.index.tuning import ENERGY, SHORTLIST_FROM, Kind, Plan, RecallMeter, choose_kind, tune_lists
+from selector.index.tuning import ENERGY, SHORTLIST_FROM, Kind, Plan, RecallMeter, check_device, choose_kind, tune_lists
 from selector.index.vectors import check_vectors
 from selector.types import Scores
 
@@ -230,7 +230,7 @@ def open_engine(
         device: `"cpu"` or `"cuda"`.
 
     Raises:
-        GradientIndexError: the index has inverted lists, and FAISS cannot be had.
+        GradientIndexError: the index has inverted lists, and FAISS cannot be had or cannot search them on the device.
     """
     if plan.kind == "flat":
         return flat(np.load(files["leading"], mmap_mode="r") if "leading" in files else vectors, library, device)
@@ -241,6 +241,7 @@ def open_engine(
             allowed="backend='faiss'",
             fix="pip install faiss-cpu",
         )
+    check_device(plan.kind, device)
     engine = FaissIVF.open(files["lists"], device)
     engine.n_probe = plan.n_probe
     return engine

@@ -29,6 +29,9 @@ MEMORY = 1 << 30
 SMALLEST = {"flat": 0, "ivf": 64, "ivf-sq8": 64, "ivf-pq": 64}
 """Fewest vectors that each kind can be trained on."""
 
+ON_GPU = ("flat", "ivf-sq8")
+"""Kinds whose codes FAISS can compare on a GPU."""
+
 SHORTLIST_FROM = 20_000
 """Fewest vectors for which a shortlist over leading dimensions pays."""
 
@@ -44,7 +47,7 @@ QUERIES = 400
 EXPANSIONS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Candidates per neighbour that are tried."""
 
-PROBES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+PROBES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Numbers of probed lists that are tried, up to a quarter of all lists."""
 
 SPARE = 16
@@ -58,7 +61,7 @@ class Plan:
     metric: Metric
     """Cosine similarity, or Euclidean distance."""
     kind: Kind
-    """Exact search over an array, or inverted lists with whole or compressed codes."""
+    """Exact search over an array, or inverted lists with codes of 16, 8 or 4 bits per dimension."""
     leading: int
     """Dimensions that the engine searches; candidates are ranked on all of them."""
     energy: float
@@ -94,23 +97,36 @@ def choose_kind(count: int, dimensions: int, kind: Kind | Literal["auto"], lists
         if count <= FLAT_LIMIT or not lists or device == "cuda":
             return "flat"
         size = count * dimensions
-        return "ivf" if 4 * size <= MEMORY else "ivf-sq8" if size <= MEMORY else "ivf-pq"
+        return "ivf" if 2 * size <= MEMORY else "ivf-sq8" if size <= MEMORY else "ivf-pq"
     if kind not in get_args(Kind):
         raise GradientIndexError("unknown kind of index", got=repr(kind), allowed=", ".join(("auto", *get_args(Kind))))
     if kind != "flat" and not lists:
         raise GradientIndexError(
             f"kind {kind!r} takes FAISS", got="the torch backend", allowed="auto, flat", fix="pip install faiss-cpu"
         )
-    if kind == "ivf-pq" and device == "cuda":
-        raise GradientIndexError(
-            "4-bit codes are compared on the CPU alone", got="cuda", allowed="auto, flat, ivf, ivf-sq8"
-        )
+    check_device(kind, device)
     if count < SMALLEST[kind]:
         raise GradientIndexError(
             f"the pool is too small for kind {kind!r}", got=f"{count} vectors", allowed=f"{SMALLEST[kind]} or more",
             fix="use kind='auto'",
         )  # fmt: skip
     return kind
+
+
+def check_device(kind: Kind, device: str) -> None:
+    """Refuse codes that FAISS compares on the CPU alone.
+
+    Args:
+        kind: of the index.
+        device: `"cpu"` or `"cuda"`.
+
+    Raises:
+        GradientIndexError: the device cannot search this kind.
+    """
+    if device == "cuda" and kind not in ON_GPU:
+        raise GradientIndexError(
+            f"kind {kind!r} is searched on the CPU alone", got=device, allowed=", ".join(ON_GPU), fix="use device='cpu'"
+        )
 
 
 class RecallMeter:

@@ -72,7 +72,7 @@ def quota(
     if shares == "equal":
         weights = np.ones(len(names))
     elif shares == "proportional":
-        weights = np.bincount(codes, weights=costs, minlength=len(names))
+        weights = np.bincount(codes, weights=costs, minlength=len(names)).astype(float)
     elif isinstance(shares, str):
         raise ConfigError("shares cannot be read", got=shares, allowed="equal, proportional, or a number by source")
     else:

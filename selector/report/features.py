@@ -22,10 +22,19 @@ UNITS = {
     "nuclear_norm": "loss per weight",
     "frobenius_norm": "loss per weight",
     "spectral_norm": "loss per weight",
+    "layer_profile_difference": "loss per weight",
     "loss": "nats per token",
+    "perplexity": "per token",
     "n_tokens": "tokens",
+    "prompt_tokens": "tokens",
+    "response_tokens": "tokens",
+    "random": "0 to 1",
+    "ifd": "ratio",
+    "hidden_effective_rank": "count",
+    "angle_concentration": "cosine",
+    "logit_nuclear_norm": "logits",
 }
-"""Unit of everything that a sample can be scored by."""
+"""Unit of what a sample can be scored by, scorers of others apart."""
 
 
 def layer_means(store: FeatureStore, groups: Sequence[Group]) -> pa.Table:
@@ -73,7 +82,7 @@ def _sums(
     belongs = np.zeros((len(groups), last + 2), dtype=bool)
     for i, group in enumerate(groups):
         belongs[i, group.rows] = True
-    for table in store.shards(["row", *MEASURES]):
+    for table in store.shards(["row", *MEASURES]) if width else ():
         # rows beyond the last one of any group share the spare column, in which nobody is
         inside = belongs[:, np.minimum(table["row"].to_numpy(), last + 1)].astype(np.float32)
         for m, measure in enumerate(MEASURES):

@@ -166,7 +166,7 @@ def _maps(layers: pa.Table) -> list[dict[str, Any]]:
     """For each measure the maps of the pool, of selections and controls against it, and of the sources."""
     kinds = dict(zip(layers["group"].to_pylist(), layers["kind"].to_pylist(), strict=True))
     found = []
-    for measure in (*MEASURES, "stable_rank"):
+    for measure in (*MEASURES, "stable_rank") if len(layers) else ():
         limit = figures.contrast_limit(layers, measure)
         contrasts = [
             (g, figures.contrast_map(layers, measure, g, limit))

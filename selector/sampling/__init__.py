@@ -7,7 +7,7 @@ from selector.sampling.curricula import CURRICULA, Curriculum
 from selector.sampling.order import Groups, deal, id_keys, weighted_order
 from selector.sampling.sampler import SelectionSampler
 from selector.sampling.signals import FocusSignal, RewardSignal
-from selector.sampling.spectral import SpectrumSignal
+from selector.sampling.spectral import RefreshSignal, SpectrumSignal, TapSignal
 from selector.sampling.state import load_state, save_state
 
 __all__ = [
@@ -16,10 +16,12 @@ __all__ = [
     "Curriculum",
     "FocusSignal",
     "Groups",
+    "RefreshSignal",
     "RewardSignal",
     "SelectionSampler",
     "Signal",
     "SpectrumSignal",
+    "TapSignal",
     "deal",
     "id_keys",
     "load_state",

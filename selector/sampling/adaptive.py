@@ -39,6 +39,10 @@ class Signal(Protocol):
         """Figures for the training log."""
         ...
 
+    def identity(self) -> dict[str, Any]:
+        """Settings that a resumed run must share, as plain values for JSON."""
+        ...
+
     def state_dict(self) -> dict[str, np.ndarray]:
         """What a checkpoint must hold."""
         ...
@@ -78,6 +82,7 @@ class AdaptiveSampler(SelectionSampler):
         self._n_batches = 0
         self._epoch_of_blocks = 0
         self.identity |= {"coverage": coverage, "signal": type(signal).__name__}
+        self.identity |= {f"signal.{name}": value for name, value in signal.identity().items()}
 
     def weights(self) -> Float[np.ndarray, " K"]:
         """[K] the weights that the next samples are drawn with, by position in `ids`."""

@@ -26,6 +26,9 @@ from selector.selection import Selection
 STAGES = 32
 """Stages of an epoch under a curriculum."""
 
+SOURCES_SHOWN = 10
+"""Where there are more sources, their shares are not logged."""
+
 NO_REPEATS = Groups()
 
 
@@ -42,6 +45,7 @@ class SelectionSampler(Sampler[int]):
             every batch gets its share of each (see `order.deal`).
         batch_size: distinct samples of an optimizer step over all ranks; batches are dealt, and stages cut, by it.
         groups: how samples are repeated, for trainers that draw groups of completions.
+        sources: [K] a label for each sample of the selection, whose shares are reported; the strata when None.
 
     Attributes:
         ids: [K] the samples that can be drawn, sorted; a position in here is what the other arrays are indexed by.
@@ -63,6 +67,7 @@ class SelectionSampler(Sampler[int]):
         strata: Shaped[np.ndarray, " K"] | None = None,
         batch_size: int = 1,
         groups: Groups = NO_REPEATS,
+        sources: Shaped[np.ndarray, " K"] | None = None,
     ) -> None:
         rows, present = _rows_of(selection, dataset_ids)
         self.missing: tuple[str, ...] = tuple(selection.ids[~present].tolist())
@@ -75,6 +80,8 @@ class SelectionSampler(Sampler[int]):
         self._weights = selection.weights[kept]
         self._keys = id_keys(self.ids.tolist())
         self._strata = None if strata is None else np.asarray(strata)[kept]
+        labels = self._strata if sources is None else np.asarray(sources)[kept]
+        self._sources = None if labels is None else np.unique(labels, return_inverse=True)
         self._curriculum = None if curriculum is None else CURRICULA[curriculum]
         if curriculum is not None and np.isnan(self.scores).any():
             raise SelectionError(
@@ -124,7 +131,7 @@ class SelectionSampler(Sampler[int]):
         Returns:
             `effective_samples` (Kish: how many equally weighted samples the weights amount to), `coverage` (share of the
             samples that have come up in this run), `mean_score` of the newly trained samples, and `share/LABEL` of each
-            of up to ten strata among them.
+            of up to ten sources among them.
         """
         new = self.drawn()[first:last]
         weights = self.weights()
@@ -133,10 +140,10 @@ class SelectionSampler(Sampler[int]):
             "coverage": self._coverage(last),
             "mean_score": float(self.scores[new].mean()) if len(new) else float("nan"),
         }
-        labels = [] if self._strata is None else np.unique(self._strata)
-        if len(new) and 0 < len(labels) <= 10:
-            assert self._strata is not None
-            figures |= {f"share/{label}": float((self._strata[new] == label).mean()) for label in labels}
+        if len(new) and self._sources is not None and len(self._sources[0]) <= SOURCES_SHOWN:
+            labels, numbers = self._sources
+            shares = np.bincount(numbers[new], minlength=len(labels)) / len(new)
+            figures |= {f"share/{label}": float(share) for label, share in zip(labels, shares, strict=True)}
         return figures
 
     def _coverage(self, last: int) -> float:

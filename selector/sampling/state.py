@@ -1,6 +1,6 @@
 """The state of a sampler in a checkpoint: one safetensors file with its arrays, and in the header what they belong to.
 
-A state is taken up only by a sampler of the same identity (samples, weights, seed, curriculum, strata, groups, signal).
+A state is taken up only by a sampler of the same identity (samples, weights, seed, curriculum, strata, groups, signal and its settings).
 """
 
 from __future__ import annotations

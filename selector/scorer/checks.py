@@ -102,15 +102,19 @@ def _two_lengths(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _differences(first: dict, second: dict) -> dict[str, float]:
-    """Relative difference of the loss and of each measure, over the layers that hold more than rounding."""
+    """Relative difference of each number, and of each measure over the layers that hold more than rounding."""
     if first["status"] != "ok":
         return {}
-    norms = first["frobenius_norm"]
-    used = norms > NEGLIGIBLE * np.nanmax(norms)
-    vectors = {name: (first[name][used], second[name][used]) for name in MEASURES}
-    vectors["loss"] = (np.array([first["loss"]]), np.array([second["loss"]]))
-    # a loss near zero, such as a group's whose advantages cancel, is compared in nats
-    smallest = dict.fromkeys(MEASURES, 1e-30) | {"loss": 1.0}
+    present = [name for name in MEASURES if name in first]
+    vectors = {name: (first[name], second[name]) for name in present}
+    if present:
+        norms = first["frobenius_norm"]
+        used = norms > NEGLIGIBLE * np.nanmax(norms)
+        vectors = {name: (a[used], b[used]) for name, (a, b) in vectors.items()}
+    numbers = {name for name, value in first.items() if isinstance(value, float)}
+    vectors |= {name: (np.array([first[name]]), np.array([second[name]], dtype=float)) for name in numbers}
+    # a loss near zero, such as a group's whose advantages cancel, is compared in nats, and other numbers likewise in their unit
+    smallest = dict.fromkeys(present, 1e-30) | dict.fromkeys(numbers, 1.0)
     return {
         name: float(np.linalg.norm(a - b) / max(np.linalg.norm(a), smallest[name])) for name, (a, b) in vectors.items()
     }

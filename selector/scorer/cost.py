@@ -7,7 +7,7 @@ two), without the optimizer: a measured forward time, times three.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -18,6 +18,7 @@ from accelerate import PartialState
 
 from selector.batching import token_budget_batches
 from selector.data.samples import Sample
+from selector.scorer.clocks import BACKWARD, FACTORS, FORWARD, SCORES, SPECTRA, WRITING, Clocks
 from selector.scorer.features import FeatureExtractor
 from selector.scorer.measure import Collate, padded_tokens
 from selector.types import MEASURES
@@ -73,7 +74,7 @@ def estimate(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     extract(collate(batches[chosen[-1]]))  # the first pass of a process is slow
-    forward = extract.forward_seconds
+    extract.clocks.clear()
     seconds = []
     for i in chosen:
         started = time.perf_counter()
@@ -82,24 +83,46 @@ def estimate(
     per_token = [spent / padded_tokens(batches[i]) for i, spent in zip(chosen, seconds, strict=True)]
     sizes = np.array([padded_tokens(batch) for batch in batches])
     whole = float(np.interp(np.arange(len(batches)), chosen, per_token) @ sizes) / state.num_processes
-    bytes_per_sample = BYTES_BESIDE_FEATURES + COMPRESSED * 4 * len(MEASURES) * len(extract.targets)
+    numbers = len(MEASURES) * len(extract.targets) + len(extract.scores.scorers)
+    bytes_per_sample = BYTES_BESIDE_FEATURES + COMPRESSED * 4 * numbers
     if extract.sketch is not None:
         bytes_per_sample += (2 * extract.sketch.dimension + 4) * len(extract.targets)
     return Estimate(
         samples=len(samples), tokens=sum(sample.n_tokens for sample in samples), tokens_per_batch=tokens_per_batch,
-        seconds=whole, epoch_ratio=sum(seconds) / (FORWARDS_PER_TRAINING_STEP * max(extract.forward_seconds - forward, 1e-9)),
+        seconds=whole, epoch_ratio=sum(seconds) / (FORWARDS_PER_TRAINING_STEP * max(extract.clocks.seconds(FORWARD), 1e-9)),
         peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         store_bytes=int(bytes_per_sample * len(samples)),
     )  # fmt: skip
+
+
+def phases(clocks: Clocks, preparing: float, measuring: float, waiting: float) -> dict[str, float]:
+    """Seconds of one process by what they went to; `preparing` comes before the measurement, the others make it up.
+
+    Args:
+        clocks: of the measurement.
+        preparing: reading, tokenizing and checking.
+        measuring: this process's own share, from its start to the last row.
+        waiting: from then until the last process was done.
+    """
+    factors = clocks.seconds(FACTORS)
+    counted = {
+        "model": clocks.seconds(FORWARD) + clocks.seconds(BACKWARD) - factors,
+        "factors": factors,
+        "spectra": clocks.seconds(SPECTRA),
+        "scores": clocks.seconds(SCORES),
+        "writing": clocks.seconds(WRITING),
+    }
+    other = {"other": measuring - sum(counted.values()), "waiting": waiting}
+    return {name: round(seconds, 3) for name, seconds in ({"preparing": preparing} | counted | other).items()}
 
 
 def ledger_entry(
     samples: Sequence[Sample],
     seconds: float,
     forward_seconds: float,
+    by_process: Sequence[Mapping[str, float]],
     tokens_per_batch: int,
     store_bytes: int,
-    state: PartialState,
 ) -> dict[str, Any]:
     """What a run leaves in the manifest.
 
@@ -107,20 +130,21 @@ def ledger_entry(
         samples: that all processes have measured.
         seconds: wall-clock time of the measurement.
         forward_seconds: that the main process spent in forward passes.
+        by_process: of each process what `phases` returned.
         tokens_per_batch: budget at the end.
         store_bytes: of all shards that the main process can see.
-        state: place of this process.
     """
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "samples": len(samples),
         "tokens": sum(sample.n_tokens for sample in samples),
         "seconds": round(seconds, 3),
-        "device_seconds": round(seconds * state.num_processes, 3),
+        "device_seconds": round(seconds * len(by_process), 3),
         "epoch_ratio": round(seconds / (FORWARDS_PER_TRAINING_STEP * forward_seconds), 3) if forward_seconds else None,
+        "phases": {name: [process[name] for process in by_process] for name in by_process[0]},
         "store_bytes": store_bytes,
         "tokens_per_batch": tokens_per_batch,
-        "processes": state.num_processes,
+        "processes": len(by_process),
         "device": device_name(),
     }
 

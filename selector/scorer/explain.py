@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from selector.batching import collate
 from selector.config import ScoreConfig
 from selector.data.samples import Sample
-from selector.errors import DataError, ModelError, SelectorError, raise_all
+from selector.errors import ConfigError, DataError, ModelError, SelectorError, raise_all
 from selector.gradients.capture import GradientCapture, LayerFactors, gradients_of_activations_only
 from selector.gradients.losses import reference_log_probs, sample_losses
 from selector.scorer.plan import Plan, plan
@@ -53,6 +53,7 @@ def explain(
         The rows that were added, in the columns of `selector.store.explanations`.
 
     Raises:
+        ConfigError: the settings measure no gradients.
         DataError: an id names no sample, or one that has no gradient.
         ModelError: the model is sharded.
         StoreError: model, data or settings are not those of the store.
@@ -64,6 +65,7 @@ def explain(
             allowed="a model whole on one device",
             fix="repeat the command without FSDP or DeepSpeed",
         )
+    check_explainable(config)
     work = plan(model, tokenizer, dataset, config, reference)
     manifest = check(store, work.manifest, work.rows, append=True)
     samples = _asked(work.samples, ids)
@@ -90,6 +92,22 @@ def explain(
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     add_explanations(store, manifest.fingerprint, table)
     return table
+
+
+def check_explainable(config: ScoreConfig) -> None:
+    """Make sure that a run measures what samples are explained by.
+
+    Args:
+        config: settings of the run.
+
+    Raises:
+        ConfigError: no spectra are asked for.
+    """
+    if "spectra" not in config.scorers:
+        raise ConfigError(
+            "samples are explained by their gradients, which are not measured", got=", ".join(config.scorers),
+            allowed="spectra among the scorers", fix="add spectra to --with",
+        )  # fmt: skip
 
 
 def _asked(samples: Sequence[Sample], ids: Sequence[str]) -> list[Sample]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import time
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,52 +18,60 @@ from selector.batching import Batch
 from selector.config import Precision
 from selector.data.samples import Sample
 from selector.errors import ModelError
+from selector.forward import ForwardScores, Scorer
 from selector.gradients.capture import GradientCapture, LayerFactors, gradients_of_activations_only
 from selector.gradients.experts import ExpertRows
 from selector.gradients.losses import RESPONSE, LossSettings, predicting_columns, reference_log_probs, sample_losses
 from selector.gradients.targets import Target
+from selector.scorer.clocks import BACKWARD, FACTORS, FORWARD, SCORES, SPECTRA, Clocks
 from selector.scorer.sharding import without_engine
 from selector.spectra import Core, SketchConfig, measures, reduce_factors, sketch, solve
 from selector.types import MEASURES
 
 
 class FeatureExtractor:
-    """Runs a model on batches and measures the spectra of every sample's gradients.
+    """Runs a model on batches and measures the spectra of every sample's gradients, and what forward passes give.
+
+    Without a layer table no backward pass is run.
 
     Use it inside `with extractor.attached():`, which hooks the model and restores it.
 
     Args:
         model: a causal language model on its device, or the engine that runs it.
-        targets: the layer table.
+        targets: the layer table; empty where no spectra are wanted.
         precision: how exactly spectra are computed.
         sketch: how gradients are sketched; not at all when None.
         loss: which loss the samples have.
         reference: the DPO loss's reference model, where the data set has no log-probabilities of one; the model itself
             when None.
         checkpoint: recompute each decoder layer in the backward pass instead of keeping its activations.
+        scorers: what else to compute, by name.
+        bos_token_id: the tokenizer's begin-of-text token; None where it has none.
     """
 
     def __init__(
         self, model: nn.Module, targets: Sequence[Target], precision: Precision, sketch: SketchConfig | None = None,
         loss: LossSettings = RESPONSE, reference: nn.Module | None = None, checkpoint: bool = False,
+        scorers: Mapping[str, Scorer] | None = None, bos_token_id: int | None = None,
     ) -> None:  # fmt: skip
         self.model, self.targets, self.sketch = without_engine(model), targets, sketch
         self._run = model
         self.precision: Precision = precision
         self.loss, self.reference = loss, reference
-        self.forward_seconds = 0.0
-        """Time that forward passes have taken so far: the unit in which a training step is reckoned."""
+        self.clocks = Clocks()
         self._position = {target.spec.key: i for i, target in enumerate(targets)}
         self._cores: list[tuple[int, Core, ExpertRows | None]] = []
         self._sketches: dict[int, Tensor] = {}
-        self._capture = GradientCapture(self.model, targets, self._take, checkpoint=checkpoint)
+        self._capture = GradientCapture(self.model, targets, self._take, checkpoint=checkpoint and bool(targets))
+        self.scores = ForwardScores(self.model, scorers or {}, bos_token_id)
+        """What is computed beside spectra."""
         whole: nn.Module = getattr(self.model, "get_base_model", lambda: self.model)()
         self._keeps_logits = "logits_to_keep" in inspect.signature(whole.forward).parameters
 
     @contextmanager
     def attached(self) -> Iterator[FeatureExtractor]:
         """Hook the model for the time of the block."""
-        with gradients_of_activations_only(self.model), self._capture:
+        with gradients_of_activations_only(self.model), self._capture, self.scores.attached():
             yield self
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
@@ -79,35 +87,46 @@ class FeatureExtractor:
         self._capture.begin(samples=len(batch.samples), segments=batch.segments)
         if self.reference is not None:
             batch = dataclasses.replace(batch, reference=reference_log_probs(self.reference, batch))
-        clock = Stopwatch(batch.input_ids.device)
-        with torch.enable_grad():
-            with clock:
-                logits, columns = self._logits(batch)
-            losses = sample_losses(logits, batch, self.loss, columns)
-            losses.sum().backward()
-        self._capture.finish()
-        features, measured = self._features(len(batch.samples), batch.input_ids.device)
-        sketches = self._joined_sketches(len(batch.samples))
-        self.forward_seconds += clock.seconds()
+        device = batch.input_ids.device
+        with torch.set_grad_enabled(bool(self.targets)):
+            with self.clocks(FORWARD, device):
+                logits, columns = self._logits(batch, whole="logits" in self.scores.needs)
+                losses = sample_losses(logits, batch, self.loss, columns)
+            if self.targets:
+                with self.clocks(BACKWARD, device):
+                    losses.sum().backward()
+                    self._capture.finish()
+        with self.clocks(SCORES, device):
+            scores = {name: v.tolist() for name, v in self.scores(batch, logits, columns, self._logits).items()}
+        del logits  # the largest tensor of the pass, which spectra need no more
+        with self.clocks(SPECTRA, device):
+            features, measured = self._features(len(batch.samples), device)
+            sketches = self._joined_sketches(len(batch.samples))
+        self.clocks.settle()
         rows = []
         for i, loss in enumerate(losses.detach().tolist()):
-            norms = features["frobenius_norm"][i]
-            if not (np.isfinite(loss) and np.isfinite(norms[measured[i]]).all()):
+            norms = features["frobenius_norm"][i][measured[i]]
+            given = {name: None if math.isnan(values[i]) else values[i] for name, values in scores.items()}
+            if not np.isfinite([loss, *norms, *(value for value in given.values() if value is not None)]).all():
                 status = "nonfinite"
             else:
-                status = "ok" if norms[measured[i]].any() else "zero_gradient"
-            values = {name: matrix[i] for name, matrix in (features | sketches).items()}
-            rows.append(sample_row(batch.samples[i], status, loss, values))
+                status = "ok" if norms.any() or not self.targets else "zero_gradient"
+            arrays = {name: matrix[i] for name, matrix in (features | sketches).items()} if self.targets else {}
+            rows.append(sample_row(batch.samples[i], status, loss, arrays | given))
         return rows
 
-    def _logits(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Logits of the positions that predict loss tokens, and these, where the model can leave the others out."""
-        if not self._keeps_logits:
+    def _logits(self, batch: Batch, whole: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Logits of the positions that predict loss tokens, and these, where the model can leave the others out and may."""
+        if whole or not self._keeps_logits:
             return self._run(**batch.inputs, use_cache=False).logits, None
         columns = predicting_columns(batch)
         return self._run(**batch.inputs, use_cache=False, logits_to_keep=columns).logits, columns
 
     def _take(self, factors: LayerFactors) -> None:
+        with self.clocks(FACTORS, factors.x.device):
+            self._reduce(factors)
+
+    def _reduce(self, factors: LayerFactors) -> None:
         cores = reduce_factors(factors.x, factors.deltas, precision=self.precision)
         for spec, core, delta in zip(factors.specs, cores, factors.deltas, strict=True):
             position = self._position[spec.key]
@@ -160,37 +179,8 @@ class FeatureExtractor:
         return {"sketch": joined.numpy(), "sketch_scale": scale.squeeze(-1).numpy()}
 
 
-class Stopwatch:
-    """Times a block on a device without making it wait.
-
-    Args:
-        device: where the block's work runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-
-    def __enter__(self) -> Stopwatch:
-        self._started = time.perf_counter()
-        if self._events:
-            self._events[0].record()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._seconds = time.perf_counter() - self._started
-        if self._events:
-            self._events[1].record()
-
-    def seconds(self) -> float:
-        """Length of the block; to be asked after its results were used, for the answer waits for them."""
-        if self._events:
-            self._events[1].synchronize()
-            return self._events[0].elapsed_time(self._events[1]) / 1000
-        return self._seconds
-
-
 def sample_row(
-    sample: Sample, status: str, loss: float | None = None, features: dict[str, np.ndarray] | None = None
+    sample: Sample, status: str, loss: float | None = None, features: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The row of the feature store for one sample; without loss and features unless its status is `ok`.
 
@@ -198,9 +188,9 @@ def sample_row(
         sample: what was scored.
         status: what became of it.
         loss: nats per token.
-        features: float32 [F] for each measure, and the sketch where there is one.
+        features: float32 [F] for each measure, the sketch where there is one, and a number or None for each scorer.
     """
-    scored = status == "ok" and features is not None
+    given = features if status == "ok" else None
     return {
         "sample_id": sample.sample_id,
         "row": sample.row,
@@ -209,6 +199,6 @@ def sample_row(
         "n_loss_tokens": sample.n_loss_tokens,
         "truncated": sample.truncated,
         "status": status,
-        "loss": loss if scored else None,
-        **(features or {} if scored else dict.fromkeys(MEASURES)),
+        "loss": None if given is None else loss,
+        **(dict.fromkeys(MEASURES) if given is None else given),
     }

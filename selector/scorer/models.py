@@ -42,15 +42,49 @@ def load_model(
     Raises:
         ModelError: model or tokenizer cannot be loaded; both problems at once.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    path = Path(name)
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ModelError(f"there is no model at {name}", fix="check the path; hub names look like organization/model")
+    _check_path(name)
     on_cpu = torch.device(device).type == "cpu"
     wanted = "float32" if dtype == "auto" and on_cpu else dtype
     problems: list[SelectorError] = []
     model = tokenizer = None
+    try:
+        tokenizer = load_tokenizer(name, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    except SelectorError as error:
+        problems.append(error)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True
+        )
+    except Exception as error:  # transformers raises many kinds for a missing or broken model
+        problems.append(
+            _loading_problem("model", name, error, "check the name, the network, and that its weights are safetensors")
+        )
+    raise_all(problems)
+    assert model is not None
+    assert tokenizer is not None
+    return model.to(device), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def load_tokenizer(
+    name: str, *, chat_template: Path | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, without the model.
+
+    Args:
+        name: directory of a checkpoint, or name on the hub.
+        chat_template: Jinja file that takes the place of the tokenizer's chat template.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ModelError: the tokenizer or the chat template cannot be loaded; both problems at once.
+    """
+    from transformers import AutoTokenizer
+
+    _check_path(name)
+    problems: list[SelectorError] = []
+    tokenizer = template = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
@@ -58,24 +92,22 @@ def load_model(
             _loading_problem("tokenizer", name, error, "save the tokenizer beside the model with `save_pretrained`")
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=wanted, trust_remote_code=trust_remote_code, use_safetensors=None if allow_pickle else True
-        )
-    except Exception as error:  # likewise
+        template = chat_template.read_text(encoding="utf-8") if chat_template is not None else None
+    except (OSError, UnicodeDecodeError) as error:
         problems.append(
-            _loading_problem("model", name, error, "check the name, the network, and that its weights are safetensors")
+            ModelError("the chat template cannot be read", got=error, allowed="a Jinja file", fix="check the path")
         )
-    if chat_template is not None and tokenizer is not None:
-        try:
-            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(
-                ModelError("the chat template cannot be read", got=error, allowed="a Jinja file", fix="check the path")
-            )
     raise_all(problems)
-    assert model is not None
     assert tokenizer is not None
-    return model.to(device), tokenizer  # pyright: ignore[reportArgumentType]
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _check_path(name: str) -> None:
+    path = Path(name)
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ModelError(f"there is no model at {name}", fix="check the path; hub names look like organization/model")
 
 
 def _loading_problem(what: str, name: str, error: Exception, fix: str) -> ModelError:

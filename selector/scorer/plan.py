@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -16,6 +16,7 @@ from selector.data.layout import REFERENCE, Layout, recognize, without_failure
 from selector.data.rollouts import one_row_per_rollout
 from selector.data.samples import Encoder, Sample
 from selector.errors import DataError, SelectorError, raise_all
+from selector.forward import Scorer, named_scorers
 from selector.gradients.losses import LossSettings
 from selector.gradients.targets import Target, find_targets
 from selector.runtime import versions
@@ -37,6 +38,9 @@ class Plan:
 
     samples: tuple[Sample, ...]
     targets: tuple[Target, ...]
+    """The layer table; empty where no spectra are wanted."""
+    scorers: Mapping[str, Scorer]
+    """What else is computed, by name."""
     manifest: Manifest
     layout: Layout
     loss: LossSettings
@@ -67,10 +71,16 @@ def plan(
     """
     problems: list[SelectorError] = patched_modules(model)
     targets: list[Target] = []
+    scorers: Mapping[str, Scorer] = {}
     try:
-        targets = find_targets(
-            model, config.projections, config.layers, names=config.layer_names, adapter=config.adapter
-        )
+        scorers = named_scorers(config.scorers)
+    except SelectorError as error:
+        problems.append(error)
+    try:
+        if "spectra" in config.scorers:
+            targets = find_targets(
+                model, config.projections, config.layers, names=config.layer_names, adapter=config.adapter
+            )
     except SelectorError as error:
         problems.append(error)
     try:
@@ -118,12 +128,19 @@ def plan(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": data[0]["fingerprint"],
     }
+    del identity[
+        "scorers"
+    ]  # the layer table and `scores` tell; stores of spectra alone are as before there was a choice
+    if scorers or not targets:
+        identity["scores"] = {name: {"higher_first": s.higher_first, "unit": s.unit} for name, s in scorers.items()}
     manifest = Manifest(
         identity=identity, layers=tuple(target.spec for target in targets), expected=count, data=data,
         execution=config.execution(), versions=versions(),
     )  # fmt: skip
     loss = LossSettings(name=layout.loss, beta=config.beta, normalizer=config.normalizer, max_length=max_length)
-    return Plan(samples, tuple(targets), manifest, layout, loss, rows, duplicates=len(hashes) - len(set(hashes)))
+    return Plan(
+        samples, tuple(targets), scorers, manifest, layout, loss, rows, duplicates=len(hashes) - len(set(hashes))
+    )
 
 
 def _problems_of_reference(layout: Layout, reference: nn.Module | None) -> list[SelectorError]:

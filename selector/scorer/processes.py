@@ -102,14 +102,14 @@ def finished_rows(store: Path, manifest: Manifest, state: PartialState) -> set[i
     return set(np.concatenate(everywhere).tolist())
 
 
-def most(count: int, state: PartialState) -> int:
-    """The largest count of any process.
+def of_each(value: T, state: PartialState) -> list[T]:
+    """The values of all processes, in order of their ranks.
 
     Args:
-        count: of this process.
+        value: of this process.
         state: place of this process.
     """
-    return max(gather_object([count])) if state.num_processes > 1 else count
+    return gather_object([value]) if state.num_processes > 1 else [value]
 
 
 def on_every_file_system(state: PartialState) -> Iterator[bool]:

@@ -25,11 +25,12 @@ from selector.data.layout import REFERENCE
 from selector.data.samples import Sample
 from selector.gradients.targets import unmeasured
 from selector.scorer.checks import self_test
-from selector.scorer.cost import Estimate, device_name, estimate, ledger_entry
+from selector.scorer.clocks import FORWARD, WRITING
+from selector.scorer.cost import Estimate, device_name, estimate, ledger_entry, phases
 from selector.scorer.features import FeatureExtractor, sample_row
 from selector.scorer.measure import DEFAULT_BUDGET, find_budget, measure, measure_in_step
 from selector.scorer.plan import Plan, plan
-from selector.scorer.processes import finished_rows, from_main, most, on_every_file_system, process_state, together
+from selector.scorer.processes import finished_rows, from_main, of_each, on_every_file_system, process_state, together
 from selector.scorer.progress import Progress
 from selector.scorer.sharding import is_sharded, shard
 from selector.spectra import SketchConfig
@@ -53,7 +54,7 @@ def score_dataset(
     command: Mapping[str, Any] | None = None,
     reference: nn.Module | None = None,
 ) -> FeatureStore:
-    """Measure the gradient spectra of every sample and keep them in a feature store.
+    """Measure the gradient spectra of every sample, or what else the settings ask for, and keep them in a feature store.
 
     The model is put back as it was, except that it stays sharded when `accelerate launch` asks for FSDP or DeepSpeed. A
     store that an earlier call began is finished; samples that it holds are not measured again. Under `accelerate launch`
@@ -77,6 +78,7 @@ def score_dataset(
         SelectorError: a check failed, before anything was written; or the store belongs to another run.
     """
     config, store = config or ScoreConfig(), Path(out)
+    begun = time.perf_counter()
     run = _begin(model, tokenizer, dataset, store, config, reference)
     settings = (
         {"command": "score", "config": config.identity() | config.execution()} if command is None else dict(command)
@@ -95,10 +97,15 @@ def score_dataset(
             budget = run.measure(
                 StoreWriter(store, manifest, rank=run.state.process_index, shard_rows=config.shard_rows)
             )
-        seconds = time.perf_counter() - started
+            done = time.perf_counter()
+        run.state.wait_for_everyone()
+        finished = time.perf_counter()
+    clocks = run.extractor.clocks
+    mine = phases(clocks, started - begun, done - started, finished - done)
     size = sum(path.stat().st_size for path in FeatureStore(store, manifest).shard_paths())
     entry = from_main(
-        ledger_entry(run.pending, seconds, run.extractor.forward_seconds, budget, size, run.state), run.state
+        ledger_entry(run.pending, finished - started, clocks.seconds(FORWARD), of_each(mine, run.state), budget, size),
+        run.state,
     )
     cost = (*manifest.cost, entry) if run.pending else manifest.cost
     for turn in on_every_file_system(run.state):
@@ -158,7 +165,7 @@ def _begin(
             "reference of the DPO loss: %s",
             "the model itself, as at the start of training" if reference is None else "the reference model",
         )
-    left_out = unmeasured(model, work.targets)
+    left_out = unmeasured(model, work.targets) if work.targets else []
     if left_out:
         logger.info("linear layers that are not measured: %s", ", ".join(left_out))
     if work.duplicates:
@@ -181,7 +188,8 @@ def _begin(
         device=torch.device(state.device or "cpu") if sharded else next(model.parameters()).device,
         pad_token_id=tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0,
         extractor=FeatureExtractor(
-            model, work.targets, config.precision, sketch, work.loss, reference, checkpoint=config.checkpoint
+            model, work.targets, config.precision, sketch, work.loss, reference, checkpoint=config.checkpoint,
+            scorers=work.scorers, bos_token_id=tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None,
         ),
     )  # fmt: skip
 
@@ -242,14 +250,22 @@ class _Run:
                 writer.add(sample_row(sample, sample.status))
         samples = [sample for sample in mine if sample.status == "ok"]
         budget = self.budget()
+        clocks = self.extractor.clocks
+        clocks.clear()  # of the self-test and the search for the budget
+
+        def take(row: dict[str, Any]) -> None:
+            with clocks(WRITING, torch.device("cpu")):
+                writer.add(row)
+
         tokens = sum(sample.n_tokens for sample in samples)
         with Progress(len(samples), tokens, self.state.num_processes, shown=self.state.is_main_process) as progress:
             if self.sharded and self.measurable:
                 batches = token_budget_batches(samples, budget)
                 filler = min(self.measurable, key=lambda sample: sample.n_tokens)
-                rounds = most(len(batches), self.state)
-                measure_in_step(self.extractor, writer.add, batches, rounds, filler, self.collate, progress)
+                rounds = max(of_each(len(batches), self.state))
+                measure_in_step(self.extractor, take, batches, rounds, filler, self.collate, progress)
             else:
-                budget = measure(self.extractor, writer.add, samples, budget, self.collate, progress)
-        writer.flush()
+                budget = measure(self.extractor, take, samples, budget, self.collate, progress)
+        with clocks(WRITING, torch.device("cpu")):
+            writer.flush()
         return budget

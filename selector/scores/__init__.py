@@ -4,9 +4,9 @@ from selector.scores.aggregate import Aggregation, aggregate
 from selector.scores.combine import combine
 from selector.scores.distill import Distilled
 from selector.scores.features import Embeddings, HashedWords
-from selector.scores.from_store import HIGHER_FIRST, score
+from selector.scores.from_store import HIGHER_FIRST, available, score
 from selector.scores.length import LengthControl, load_control
-from selector.scores.statistics import LengthCorrelation, correlations, length_correlation, spearman
+from selector.scores.statistics import LengthCorrelation, correlations, length_correlation, spearman, spearman_interval
 from selector.scores.table import read_provenance, read_scores, write_scores
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "LengthControl",
     "LengthCorrelation",
     "aggregate",
+    "available",
     "combine",
     "correlations",
     "length_correlation",
@@ -26,5 +27,6 @@ __all__ = [
     "read_scores",
     "score",
     "spearman",
+    "spearman_interval",
     "write_scores",
 ]

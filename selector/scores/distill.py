@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 
 from selector.errors import SelectionError
 from selector.scores.features import Features
@@ -40,8 +40,8 @@ class Distilled:
     """How much each column counts."""
     held_out: float
     """Spearman correlation with the score on held-out samples; NaN when nothing varies."""
-    n_held_out: int
-    """How many they were."""
+    judged: Int64[np.ndarray, " H"]
+    """Which samples were held out to judge."""
 
     @classmethod
     def fit(cls, features: Features, values: Float[np.ndarray, " N"], *, seed: int = 0) -> Distilled:
@@ -58,8 +58,9 @@ class Distilled:
         scored = np.flatnonzero(np.isfinite(values))
         if len(scored) < FEWEST:
             raise SelectionError(
-                "too few samples have a score to predict it", got=len(scored), allowed=f"{FEWEST} or more"
-            )
+                "too few samples have a score to predict it", got=len(scored), allowed=f"{FEWEST} or more",
+                fix="score more of the pool; the scored rows are recognized by their ids",
+            )  # fmt: skip
         order = scored[np.random.default_rng(seed).permutation(len(scored))]
         n_held_out = int(HELD_OUT * len(order))
         choose, judge, train = order[: n_held_out // 2], order[n_held_out // 2 : n_held_out], order[n_held_out:]
@@ -69,7 +70,7 @@ class Distilled:
         fits = [ridge(rows.take(train), values[train] - mean, penalty) for penalty in PENALTIES]
         quality = [spearman(rows.take(choose).dot(fit), values[choose]) for fit in fits]
         best = fits[int(np.argmax(np.nan_to_num(quality, nan=-1.0)))]
-        return cls(best, mean, scale, spearman(rows.take(judge).dot(best), values[judge]), len(judge))
+        return cls(best, mean, scale, spearman(rows.take(judge).dot(best), values[judge]), judge)
 
     def predict(self, features: Features) -> Float64[np.ndarray, " N"]:
         """The score that is expected of each sample.

@@ -67,6 +67,18 @@ class LengthControl(ABC):
             completion: tokens with loss.
         """
 
+    @abstractmethod
+    def restore(
+        self, controlled: Float[np.ndarray, " N"], prompt: Int[np.ndarray, " N"], completion: Int[np.ndarray, " N"]
+    ) -> Float[np.ndarray, " N"]:
+        """The raw score that `apply` makes a controlled one of, at the given lengths.
+
+        Args:
+            controlled: the controlled score; NaN stays.
+            prompt: tokens without loss.
+            completion: tokens with loss.
+        """
+
     def to_dict(self) -> dict[str, Any]:
         """The fit as plain values for JSON."""
         return {"kind": self.kind, **asdict(self)}
@@ -85,6 +97,9 @@ class NoControl(LengthControl):
     def apply(self, raw, prompt, completion):
         return np.where(np.isfinite(raw), raw, np.nan)
 
+    def restore(self, controlled, prompt, completion):
+        return controlled
+
 
 @dataclass(frozen=True)
 class PerToken(LengthControl):
@@ -98,6 +113,9 @@ class PerToken(LengthControl):
 
     def apply(self, raw, prompt, completion):
         return np.where(np.isfinite(raw) & (completion > 0), raw / np.maximum(completion, 1), np.nan)
+
+    def restore(self, controlled, prompt, completion):
+        return np.where(completion > 0, controlled * completion, np.nan)
 
 
 @dataclass(frozen=True)
@@ -142,6 +160,9 @@ class SplineControl(LengthControl):
         controlled[valid] = np.log(raw[valid]) - _expected(lengths, self.knots, np.asarray(self.coefficients))
         return controlled
 
+    def restore(self, controlled, prompt, completion):
+        return np.exp(controlled + _expected(_lengths(prompt, completion), self.knots, np.asarray(self.coefficients)))
+
 
 @dataclass(frozen=True)
 class BinControl(LengthControl):
@@ -177,15 +198,27 @@ class BinControl(LengthControl):
         return cls(completion_edges, prompt_edges, means, deviations)
 
     def apply(self, raw, prompt, completion):
+        valid = _positive(raw)
+        mean, deviation = self._of_bins(prompt[valid], completion[valid])
         controlled = np.full(len(raw), np.nan)
+        controlled[valid] = (np.log(raw[valid]) - mean) / deviation
+        return controlled
+
+    def restore(self, controlled, prompt, completion):
+        mean, deviation = self._of_bins(prompt, completion)
+        return np.exp(controlled * deviation + mean)
+
+    def _of_bins(
+        self, prompt: Int[np.ndarray, " N"], completion: Int[np.ndarray, " N"]
+    ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+        """Mean and standard deviation of the log score in each sample's bin."""
+        mean, deviation = np.empty(len(prompt)), np.empty(len(prompt))
         outer = np.searchsorted(self.completion_edges, completion)
         for i, edges in enumerate(self.prompt_edges):
-            members = np.flatnonzero((outer == i) & _positive(raw))
+            members = np.flatnonzero(outer == i)
             inner = np.searchsorted(edges, prompt[members])
-            controlled[members] = (np.log(raw[members]) - np.asarray(self.means[i])[inner]) / np.asarray(
-                self.deviations[i]
-            )[inner]
-        return controlled
+            mean[members], deviation[members] = np.asarray(self.means[i])[inner], np.asarray(self.deviations[i])[inner]
+        return mean, deviation
 
 
 CONTROLS: dict[str, type[LengthControl]] = {cls.kind: cls for cls in (SplineControl, BinControl, PerToken, NoControl)}

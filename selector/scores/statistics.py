@@ -64,6 +64,24 @@ def spearman(a: Num[np.ndarray, " N"], b: Num[np.ndarray, " N"]) -> float:
     return float(x @ y / norm) if norm > 0 else float("nan")
 
 
+def spearman_interval(rho: float, count: int) -> tuple[float, float]:
+    """Where the correlation of the whole population lies, with 95 % confidence.
+
+    Source: Bonett and Wright 2000, Sample size requirements for estimating Pearson, Kendall and Spearman correlations.
+
+    Args:
+        rho: the correlation of a sample.
+        count: pairs in the sample.
+
+    Returns:
+        Lower and upper end; -1 and 1 where nothing can be said.
+    """
+    if count <= 3 or not np.isfinite(rho):
+        return -1.0, 1.0
+    center, half = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12)), 1.96 * np.sqrt((1 + rho**2 / 2) / (count - 3))
+    return float(np.tanh(center - half)), float(np.tanh(center + half))
+
+
 def mean_ranks(values: Num[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """Rank of each value from 1, equal values sharing the mean of their ranks.
 

@@ -62,7 +62,7 @@ def select(
     Args:
         scored: a feature store; or scores; or the path of a table of scores, of which the policies top, quota and
             proportional read only what the budget can reach.
-        by: what to score by, as in `scores.score` (effective rank when None); for a table, the name of one of its
+        by: what to score by, as in `scores.score`; for a table, the name of one of its
             scores (the first when None). Scores that are passed are used as they are.
         budget: how much to pick: `500`, `"10%"`, `0.1`, `"200k tokens"`, `"10% tokens"`. A share is one of the samples
             that have a score. Tokens are never exceeded, and missed by less than one sample.
@@ -96,9 +96,7 @@ def select(
         picks = run_policy(short.policy, short.scores, short.budget, seed=seed, **short.options)
         return _selection(short.scores, replace(picks, removed=short.removed), settings, short.sources)
     if isinstance(scored, FeatureStore):
-        scores = score(
-            scored, by or "effective_rank", control=control, aggregation=aggregation, higher_first=higher_first
-        )
+        scores = score(scored, by, control=control, aggregation=aggregation, higher_first=higher_first, seed=seed)
     elif isinstance(scored, Scores):
         scores = scored
     else:

@@ -26,6 +26,10 @@ from torch import Tensor
 
 TILE = 64
 """Sizes of matrices are multiples of this."""
+NEGLIGIBLE = 1e-36
+"""Squared norm of a column that counts as zero in a matrix of magnitude 1. Kernels take numbers as float32, so that one value serves both dtypes."""
+SMALLEST_PIVOT = 1e-30
+"""Pivots of a Sturm count that are smaller count as this, below zero: a zero one would divide zero by zero."""
 
 
 def _power_of_two(n: int) -> int:
@@ -65,7 +69,7 @@ def _block(u, last):
 
 @_kernel
 def _tridiagonalize(
-    a_ptr, d_ptr, e_ptr, work_ptr, counter_ptr, n, batch, n_groups, work_stride,
+    a_ptr, d_ptr, e_ptr, work_ptr, counter_ptr, n, batch, n_groups, work_stride, negligible,
     GROUP: tl.constexpr, PANEL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +127,8 @@ def _tridiagonalize(
             alpha = tl.load(column_ptr + k + 1)
             squares = tl.sum(tl.load(shares + 2 * PANEL))
             norm = tl.sqrt(alpha * alpha + squares)
-            flat = squares == 0
+            # A column so small is nothing beside a matrix of magnitude 1, and roots and quotients of its squares would underflow.
+            flat = squares <= negligible
             beta = tl.where(flat, alpha, tl.where(alpha > 0, -norm, norm))
             inverse = tl.where(flat, 0.0, 1.0 / tl.where(flat, 1.0, alpha - beta))
             tau = tl.where(flat, 0.0, (beta - alpha) / tl.where(flat, 1.0, beta))
@@ -327,7 +332,7 @@ def tridiagonalize(matrices: Float[Tensor, "N n n"]) -> tuple[Float[Tensor, "N n
     if single:
         options["maxnreg"] = 128
     _tridiagonalize[(groups * group,)](
-        matrices, diagonal, off_diagonal, work, counter, n, batch, groups, stride, GROUP=group, PANEL=panel, TILE=TILE, CHUNK=128,
+        matrices, diagonal, off_diagonal, work, counter, n, batch, groups, stride, NEGLIGIBLE, GROUP=group, PANEL=panel, TILE=TILE, CHUNK=128,
         BLOCKS=padded_blocks, STAGES=3, num_warps=4, **options,
     )  # fmt: skip
     return diagonal, off_diagonal
@@ -351,8 +356,17 @@ def bisect_roots(diagonal: Float[Tensor, "N n"], off_diagonal: Float[Tensor, "N 
     out = torch.empty_like(diagonal)
     e2 = torch.empty(batch * blocks, n, dtype=diagonal.dtype, device=diagonal.device)
     counts = torch.empty(batch * blocks, lanes, dtype=torch.int32, device=diagonal.device)
-    tiny = torch.finfo(diagonal.dtype).tiny ** 0.5
     _bisect_roots[(batch, blocks)](
-        diagonal, off_diagonal, out, e2, counts, n, steps, tiny, LANES=lanes, SIZE=size, num_warps=max(lanes // 64, 1)
+        diagonal,
+        off_diagonal,
+        out,
+        e2,
+        counts,
+        n,
+        steps,
+        SMALLEST_PIVOT,
+        LANES=lanes,
+        SIZE=size,
+        num_warps=max(lanes // 64, 1),
     )
     return out

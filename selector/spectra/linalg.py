@@ -17,6 +17,9 @@ from torch import Tensor
 
 from selector.spectra.threads import over_batch
 
+TRACE_TOLERANCE = 1e-2
+"""Largest share of the trace by which eigenvalues may miss it; rounding alone stays a hundred times below."""
+
 
 def root_eigenvalues(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n"]:
     """Square roots of the eigenvalues of positive semidefinite matrices.
@@ -26,6 +29,7 @@ def root_eigenvalues(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n"]:
 
     Returns:
         Roots, descending, with errors of sqrt(ε) of the largest one; eigenvalues that rounding made negative count as zero.
+        NaN for a matrix whose eigenvalues could not be found.
     """
     if not matrices.numel():
         return matrices.new_zeros(matrices.shape[:2])
@@ -33,9 +37,13 @@ def root_eigenvalues(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n"]:
         return over_batch(_upper_eigenvalues, matrices).clamp_min(0).sqrt().flip(-1)
     from selector.spectra.kernels import bisect_roots, tridiagonalize
 
-    largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1)
+    diagonal = matrices.diagonal(dim1=-2, dim2=-1)
+    largest, trace = diagonal.amax(-1), diagonal.sum(-1)
     scale = torch.where(largest > 0, largest, 1.0)
-    return bisect_roots(*tridiagonalize(matrices.div_(scale[:, None, None]))) * scale.sqrt().unsqueeze(-1)
+    roots = bisect_roots(*tridiagonalize(matrices.div_(scale[:, None, None]))) * scale.sqrt().unsqueeze(-1)
+    # eigenvalues add up to the trace: a kernel that went wrong must not pass unseen
+    off = (roots.square().sum(-1) - trace).abs() > TRACE_TOLERANCE * trace
+    return roots.masked_fill(off.unsqueeze(-1), torch.nan)
 
 
 def semidefinite_factor(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n n"]:

@@ -107,7 +107,15 @@ class FeatureStore:
 
         Args:
             measure: one of `selector.types.MEASURES`.
+
+        Raises:
+            StoreError: the store was made without spectra.
         """
+        if not self.layers:
+            raise StoreError(
+                f"{self.path} holds no spectra", got="scores of forward passes alone",
+                fix="score into another directory with spectra among --with",
+            )  # fmt: skip
         return feature_matrix(self.to_arrow([measure])[measure], len(self.layers))
 
     @cached_property

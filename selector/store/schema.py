@@ -23,10 +23,16 @@ Columns of a shard, one row per sample:
     status          string   see `STATUSES`
     loss            float32  mean cross-entropy over the loss tokens, nats per token; null without a score
     <measure>       fixed-size list of float32 over the layer table, one column for each of `types.MEASURES`;
-                    null where the sample has no score, null entries where a layer got no gradient
+                    null entries where a layer got no gradient, and all of them where the sample has no score; none of these columns
+                    in stores without spectra, whose layer table is empty
+    <score>         float32, one column for each of the identity's `scores`, in alphabetical order; null where the
+                    sample has no such score
     sketch          fixed-size list of float16, `sketch_dimension` numbers per entry of the layer table, each entry
                     divided by its `sketch_scale`; only in stores with sketches
     sketch_scale    fixed-size list of float32 over the layer table: gradients of mean losses underflow float16
+
+The identity's `scores` says of each which of its ends comes first, and its unit, so that a store can be read where the scorer
+is not registered. Stores of spectra alone lack the entry.
 
 `manifest.json` is rewritten through a rename. `expected` (samples of the data set) is known from the start;
 `shards` and `cost` are filled in when a run ends. `data` records how the data set grew: the number of its rows and the
@@ -39,6 +45,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -62,13 +69,15 @@ STATUSES = ("ok", "zero_gradient", "no_loss_tokens", "nonfinite", "too_long")
 """What can become of a sample; only `ok` has a loss and features. Any other failure reads `error: ...`."""
 
 
-def shard_schema(n_features: int, sketch_dimension: int = 0) -> pa.Schema:
+def shard_schema(n_features: int, sketch_dimension: int = 0, scores: Iterable[str] = ()) -> pa.Schema:
     """Arrow schema of a shard.
 
     Args:
-        n_features: length of the layer table.
+        n_features: length of the layer table; 0 for a store without spectra.
         sketch_dimension: numbers per entry of the layer table; 0 for a store without sketches.
+        scores: names of those that forward passes gave.
     """
+    spectra = MEASURES if n_features else ()
     sketches = [
         pa.field("sketch", pa.list_(pa.float16(), n_features * sketch_dimension)),
         pa.field("sketch_scale", pa.list_(pa.float32(), n_features)),
@@ -83,7 +92,8 @@ def shard_schema(n_features: int, sketch_dimension: int = 0) -> pa.Schema:
             pa.field("truncated", pa.bool_(), nullable=False),
             pa.field("status", pa.string(), nullable=False),
             pa.field("loss", pa.float32()),
-            *(pa.field(name, pa.list_(pa.float32(), n_features)) for name in MEASURES),
+            *(pa.field(name, pa.list_(pa.float32(), n_features)) for name in spectra),
+            *(pa.field(name, pa.float32()) for name in sorted(scores)),
             *(sketches if sketch_dimension else []),
         ]
     )
@@ -126,7 +136,12 @@ class Manifest:
     @property
     def schema(self) -> pa.Schema:
         """Arrow schema of the store's shards."""
-        return shard_schema(len(self.layers), self.identity.get("sketch_dimension", 0))
+        return shard_schema(len(self.layers), self.identity.get("sketch_dimension", 0), self.scores)
+
+    @property
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Scores that forward passes gave, by name: `higher_first` and `unit`."""
+        return self.identity.get("scores", {})
 
     @property
     def shard_metadata(self) -> dict[bytes, bytes]:
@@ -196,7 +211,7 @@ def identity_conflicts(store: Path, old: Manifest, new: Manifest) -> list[StoreE
         new: what the run would write.
     """
     fields = [
-        StoreError(f"{store} belongs to another run: {name} differs", got=new.identity.get(name), allowed=old.identity.get(name),
+        StoreError(f"{store} belongs to another run: {name} differs", got=_shown(new.identity.get(name)), allowed=_shown(old.identity.get(name)),
                    fix="use the same setting, or another output directory")
         for name in sorted({*old.identity, *new.identity})
         if old.identity.get(name) != new.identity.get(name)
@@ -211,3 +226,10 @@ def identity_conflicts(store: Path, old: Manifest, new: Manifest) -> list[StoreE
             )
         ]
     return fields
+
+
+def _shown(value: Any) -> Any:
+    """A field of an identity in a message: of a mapping its names."""
+    if isinstance(value, dict):
+        value = ", ".join(value) or None
+    return "none" if value is None else value

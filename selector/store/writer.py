@@ -201,13 +201,16 @@ def checksum(content: bytes) -> str:
 
 
 def _column(field: pa.Field, values: list[Any]) -> pa.Array:
-    """Values of one column; undefined entries of a list become nulls, for a NaN would pass for a number."""
+    """Values of one column; undefined entries of a list become nulls, for a NaN would pass for a number.
+
+    A missing list becomes a list of nulls: before release 26 pyarrow could not read null fixed-size lists from Parquet.
+    """
     if not pa.types.is_fixed_size_list(field.type):
         return pa.array(values, field.type)
     width, element = field.type.list_size, field.type.value_type
-    present = np.array([value is not None for value in values])
     matrix = np.full((len(values), width), np.nan, dtype=element.to_pandas_dtype())
-    for i in np.flatnonzero(present).tolist():
-        matrix[i] = values[i]
+    for i, value in enumerate(values):
+        if value is not None:
+            matrix[i] = value
     flat = pa.array(matrix.reshape(-1), element, mask=np.isnan(matrix).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, type=field.type, mask=pa.array(~present))
+    return pa.FixedSizeListArray.from_arrays(flat, type=field.type)
