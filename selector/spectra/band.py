@@ -89,7 +89,8 @@ def chase_bulges(band: Float[Tensor, "N n _"]) -> None:
     if uses_kernels(band):
         from selector.spectra.band_kernels import chase_bulges as chase
 
-        return chase(band)
+        chase(band)
+        return
     n, width = band.shape[1], band.shape[2] // 2
     for s in range(n - 2):
         # The reflector of one task is applied from the other side by the next one.
@@ -147,7 +148,8 @@ def _factor_panel(matrices: Tensor, reflectors: Tensor, triangle: Tensor, k: int
     """
     width = triangle.shape[1]
     if last - first <= LEAF:
-        return _form_reflectors(matrices, reflectors, triangle, k, first, last)
+        _form_reflectors(matrices, reflectors, triangle, k, first, last)
+        return
     middle = (first + last) // 2
     _factor_panel(matrices, reflectors, triangle, k, first, middle)
     head = k + width + first
@@ -164,7 +166,8 @@ def _form_reflectors(matrices: Tensor, reflectors: Tensor, triangle: Tensor, k: 
     if uses_kernels(matrices):
         from selector.spectra.band_kernels import form_reflectors
 
-        return form_reflectors(matrices, reflectors, triangle, k, first, last)
+        form_reflectors(matrices, reflectors, triangle, k, first, last)
+        return
     begin = k + triangle.shape[1]
     for i in range(first, last):
         head = begin + i
