@@ -7,6 +7,8 @@ the kernels about 0.05. Elsewhere, and where Triton is missing, they come from `
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -105,10 +107,17 @@ def matmul(a: Float[Tensor, "N m k"], b: Float[Tensor, "N k n"]) -> Float[Tensor
         if a.is_cuda and _bmm_widens():
             return torch.bmm(a, b, out_dtype=torch.float32)
         a, b = a.float(), b.float()
+    with full_precision():
+        return a @ b
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever the user has set for the model's own."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        return a @ b
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
 
