@@ -14,10 +14,10 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from selector.spectra.band import negligible
-from selector.spectra.kernels import _kernel
+from selector.spectra.kernels import kernel
 
 
-@_kernel
+@kernel
 def _scalars(alpha, squares, SMALL: tl.constexpr):
     """beta, tau and the factor of the tail of the reflector that maps a vector (alpha, x) to (beta, 0), squares = xᵀx."""
     flat = squares < SMALL
@@ -28,7 +28,7 @@ def _scalars(alpha, squares, SMALL: tl.constexpr):
     return beta, tau, inverse
 
 
-@_kernel
+@kernel
 def _form_reflectors(
     a_ptr, v_ptr, t_ptr, k, first, n, a_stride, v_stride,
     SMALL: tl.constexpr, WIDTH: tl.constexpr, LEAF: tl.constexpr, CHUNK: tl.constexpr,
@@ -91,7 +91,7 @@ def _form_reflectors(
     tl.store(place, triangle)
 
 
-@_kernel
+@kernel
 def _two_sided(tile, v, tau, WIDTH: tl.constexpr):
     """Apply a reflector from both sides to a symmetric block of which only the upper triangle is there, zeros below."""
     i = tl.arange(0, WIDTH)
@@ -101,7 +101,7 @@ def _two_sided(tile, v, tau, WIDTH: tl.constexpr):
     return tile - (v[:, None] * w[None, :] + w[:, None] * v[None, :])
 
 
-@_kernel
+@kernel
 def _chase_bulges(
     band_ptr, progress_ptr, ticket_ptr, n, batch, group,
     SMALL: tl.constexpr, FINISHED: tl.constexpr, WIDTH: tl.constexpr,
@@ -183,10 +183,9 @@ def form_reflectors(matrices: Tensor, reflectors: Tensor, triangle: Tensor, k: i
     batch, n = matrices.shape[:2]
     if not batch:
         return
-    single = matrices.dtype == torch.float32
     _form_reflectors[(batch,)](
         matrices, reflectors, triangle, k, first, n, matrices.stride(0), reflectors.stride(0),
-        SMALL=negligible(matrices.dtype), WIDTH=triangle.shape[1], LEAF=last - first, CHUNK=1024 if single else 512, num_warps=8,
+        SMALL=negligible(matrices.dtype), WIDTH=triangle.shape[1], LEAF=last - first, CHUNK=256, num_warps=4,
     )  # fmt: skip
 
 
@@ -201,7 +200,10 @@ def chase_bulges(band: Tensor) -> None:
         return
     progress = torch.zeros(batch, n, dtype=torch.int32, device=band.device)
     ticket = torch.zeros(1, dtype=torch.int32, device=band.device)
+    # Matrices that are chased at a time: as few as keep the chip busy with n / 2 width sweeps of each, so that bands stay in cache.
+    processors = torch.cuda.get_device_properties(band.device).multi_processor_count
+    group = min(batch, max(16 * processors * stride // n, 1))
+    # One warp to a program: what one lane has seen of the counter holds for the others. With more the results were wrong at times.
     _chase_bulges[(batch * (n - 2),)](
-        band, progress, ticket, n, batch, batch, SMALL=negligible(band.dtype), FINISHED=1 << 30, WIDTH=stride // 2,
-        num_warps=max(stride // 32, 1),
+        band, progress, ticket, n, batch, group, SMALL=negligible(band.dtype), FINISHED=1 << 30, WIDTH=stride // 2, num_warps=1,
     )  # fmt: skip
