@@ -22,6 +22,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -36,8 +37,6 @@ SHAPES = {
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2},
 }
 ATTENTION = ("q", "k", "v", "o")
-HBM = 4.25e12
-"""Bytes per second of a device-to-device copy on one H200, read and written."""
 
 
 def milliseconds(
@@ -60,6 +59,14 @@ def milliseconds(
     return statistics.median(times[1:])
 
 
+@cache
+def copy_rate() -> float:
+    """Bytes per second of a copy on this GPU, read plus written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (1e-3 * milliseconds(lambda: target.copy_(source)))
+
+
 def solver(size: int, batch: int, dtype: torch.dtype) -> dict:
     """Rows a and b: roots of the eigenvalues of a batch of random positive definite matrices."""
     x = torch.randn(batch, size, size, device="cuda")
@@ -72,9 +79,9 @@ def solver(size: int, batch: int, dtype: torch.dtype) -> dict:
     error = (roots[-1] - torch.linalg.eigvalsh(matrices[-1].double()).flip(-1).clamp_min(0).sqrt()).abs().max()
     frobenius = torch.linalg.vector_norm(matrices, dim=(1, 2), dtype=torch.float64)
     drift = (roots.double().pow(4).sum(-1).sqrt() / frobenius - 1).abs().max()
-    floor = 1e3 * size**3 / 6 * matrices.element_size() / HBM
+    floor = 1e3 * size**3 / 6 * matrices.element_size() / copy_rate()
     return {"value": ms, "unit": "ms per matrix", "size": size, "batch": batch, "dtype": str(dtype), "worst_error": error.item(), "frobenius_drift": drift.item(),
-            "bytes": size**3 // 6 * matrices.element_size(), "floor": floor, "gap": ms / floor}  # fmt: skip
+            "bytes": size**3 // 6 * matrices.element_size(), "copy_rate": copy_rate(), "floor": floor, "gap": ms / floor}  # fmt: skip
 
 
 def model_of(shape: str) -> torch.nn.Module:
@@ -356,7 +363,7 @@ def table(rows: dict[str, dict], hardware: str) -> str:
         lines.append(f"| {name} | {row.get('value', float('nan')):.4g} | {row['unit']} | {details} |")
     if "a" in rows:
         lines += ["", f"Roofline of row a: {rows['a']['bytes'] / 1e6:.0f} MB per matrix (half the trailing matrix once per column), floor {rows['a']['floor']:.4f} ms "
-                      f"at {HBM / 1e12:.2f} TB/s, gap {rows['a']['gap']:.2f}."]  # fmt: skip
+                      f"at {rows['a']['copy_rate'] / 1e12:.2f} TB/s, gap {rows['a']['gap']:.2f}."]  # fmt: skip
     for title in ("real", "made"):
         if "i" in rows:
             lines += ["", f"Relative errors of nuclear norm and effective rank, {title} factors:", ""]

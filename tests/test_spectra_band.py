@@ -53,7 +53,9 @@ def test_a_band_has_the_eigenvalues_of_the_matrix(blocks, kind, seed):
     matrices = symmetric(8 * blocks, kind, seed)
     stored = reduce_to_band(matrices.clone(), 8)
     assert (stored[:, :, 9:] == 0).all()
-    dense = sum(torch.diag_embed(stored[:, : 8 * blocks - d, d], d) for d in range(min(9, 8 * blocks)))
+    dense = torch.zeros_like(matrices)
+    for d in range(min(9, 8 * blocks)):
+        dense += torch.diag_embed(stored[:, : 8 * blocks - d, d], d)
     dense = dense + dense.triu(1).mT
     torch.testing.assert_close(
         torch.linalg.eigvalsh(dense), torch.linalg.eigvalsh(matrices), rtol=0, atol=1e-12 * 8 * blocks
