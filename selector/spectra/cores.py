@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selector.spectra.linalg import padded_size, root_eigenvalues, semidefinite_factor
+from selector.spectra.deflation import deflate
+from selector.spectra.linalg import padded_size, root_eigenvalues, semidefinite_factor, uses_kernels
 from selector.spectra.threads import over_batch
 
 MEMORY = 1 << 30
@@ -26,6 +27,8 @@ NOISE = torch.finfo(torch.float32).eps ** 0.5 / 8
 """Singular values below this share of the largest are what float32 makes of zeros."""
 NOISY = 1e-4
 """Largest share of the nuclear norm that such values may have."""
+DEFLATE_FROM = 256
+"""Size from which float64 is so dear on a GPU that float32 is tried again without the largest directions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +117,27 @@ def _solve_chunk(cores: list[Core], shape: torch.Size) -> list[Tensor]:
         if noisy.any():
             samples = [flags.nonzero().flatten().to(values.device) for flags in noisy.split(lengths)]
             squares = _squares(cores, factors, shares, samples, shape, torch.float64)
-            values[noisy.to(values.device)] = root_eigenvalues(squares)
+            values[noisy.to(values.device)] = _solve_noisy(squares)
     spectra = values.double() * scale.unsqueeze(-1)
     return [part[:, : core.matrix.shape[-2]] for part, core in zip(spectra.split(lengths), cores, strict=True)]
+
+
+def _solve_noisy(squares: Tensor) -> Tensor:
+    """Roots of eigenvalues of matrices whose small ones float32 does not find: in float32 again without their largest directions, where
+    float64 is much dearer, and in float64 where that does not do either."""
+    n = squares.shape[-1]
+    if not uses_kernels(squares) or n < DEFLATE_FROM:
+        return root_eigenvalues(squares)
+    upper = squares.triu()
+    squares = upper + upper.triu(1).mT
+    largest, rest, apart = deflate(squares)
+    roots = root_eigenvalues(rest.float()).double()
+    again = ~apart | _is_noisy(roots, largest.sqrt().sum(-1))
+    # the directions taken out have left as many zeros
+    values = torch.cat([largest.sqrt(), roots[:, : n - largest.shape[-1]]], dim=-1).sort(descending=True).values
+    if again.any():
+        values[again] = root_eigenvalues(squares[again])
+    return values
 
 
 def _factors(lefts: list[Tensor], shape: torch.Size) -> Sequence[Tensor]:
@@ -151,7 +172,8 @@ def _squares(
     return squares
 
 
-def _is_noisy(values: Tensor) -> Tensor:
-    """Which spectra `[N, n]`, sought in float32, owe more than `NOISY` of their sum to values that noise alone could have made."""
+def _is_noisy(values: Tensor, beside: Tensor | float = 0.0) -> Tensor:
+    """Which spectra `[N, n]`, sought in float32, owe more than `NOISY` of their sum, and of what is `beside` them, to values that
+    noise alone could have made."""
     noise = values.masked_fill(values > NOISE * values[:, :1], 0.0)
-    return noise.sum(-1) > NOISY * values.sum(-1)
+    return noise.sum(-1) > NOISY * (values.sum(-1) + beside)
