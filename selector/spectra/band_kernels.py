@@ -9,6 +9,8 @@ A launch per step instead, 2 n of them, would cost more than the work.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
@@ -101,7 +103,7 @@ def _two_sided(tile, v, tau, WIDTH: tl.constexpr):
     return tile - (v[:, None] * w[None, :] + w[:, None] * v[None, :])
 
 
-@kernel
+@partial(kernel, plain=["batch", "group"])
 def _chase_bulges(
     band_ptr, progress_ptr, ticket_ptr, n, batch, group,
     SMALL: tl.constexpr, FINISHED: tl.constexpr, WIDTH: tl.constexpr,

@@ -15,7 +15,8 @@ Source: LAPACK's sytrd and stebz; Golub and Van Loan, Matrix Computations, secti
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,9 +38,15 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def kernel(function: Callable[..., Any], **options: Any) -> Any:
-    """`triton.jit` of a function as it is written here, without the type checks that an import hook may have put around it."""
-    return triton.jit(inspect.unwrap(function), **options)
+def kernel(function: Callable[..., Any], plain: Sequence[str] = ()) -> Any:
+    """`triton.jit` of a function as it is written here, without the type checks that an import hook may have put around it.
+
+    Args:
+        function: the kernel.
+        plain: integers for whose values (1, multiples of 16) no version of its own shall be compiled: numbers of matrices take all
+            values, and each version costs seconds.
+    """
+    return triton.jit(inspect.unwrap(function), do_not_specialize=list(plain))
 
 
 @kernel
@@ -67,7 +74,7 @@ def _block(u, last):
     return last - t, last - (u - t * (t + 1) // 2)
 
 
-@kernel
+@partial(kernel, plain=["batch", "n_groups"])
 def _tridiagonalize(
     a_ptr, d_ptr, e_ptr, work_ptr, counter_ptr, n, batch, n_groups, work_stride, negligible,
     GROUP: tl.constexpr, PANEL: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -258,7 +265,7 @@ def _count(x, d, e2, n, tiny):
     return count
 
 
-@kernel
+@partial(kernel, plain=["n", "steps"])
 def _bisect_roots(
     d_ptr, e_ptr, out_ptr, e2_ptr, count_ptr, n, steps, tiny,
     LANES: tl.constexpr, SIZE: tl.constexpr,

@@ -26,7 +26,7 @@ def _add(a, b, c, d):
 
 
 # A size that is a multiple of 16 would be compiled apart, with loads of four numbers a thread, whose layout makes the sums dearer.
-@partial(kernel, do_not_specialize=["n"])
+@partial(kernel, plain=["n"])
 def _tridiagonalize(a_ptr, d_ptr, e_ptr, n, negligible, SIZE: tl.constexpr):
     """Householder tridiagonalization of matrices of at most SIZE rows, one for each program."""
     m = tl.program_id(0).to(tl.int64)
