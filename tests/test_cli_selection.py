@@ -123,6 +123,29 @@ def test_policies_compose_in_a_file(pool, tmp_path):
     assert len(Selection.load(tmp_path / "c" / "selection.parquet")) == 7
 
 
+def test_the_worse_half_of_each_source_goes_and_chance_draws_from_the_rest(pool, tmp_path):
+    select = ["select", str(pool / "features"), "--policy", str(RECIPES / "better_half.yaml"), "--out"]
+    drawn = []
+    for seed in ("0", "1"):
+        assert main([*select, str(tmp_path / seed), "--seed", seed]) == 0
+        drawn.append(set(Selection.load(tmp_path / seed / "selection.parquet").ids.tolist()))
+    scores = read_scores(tmp_path / "0" / "scores.parquet")
+    longest = scores.n_tokens.max()
+    best: set[str] = set()
+    for source in "ab":
+        own = np.flatnonzero(scores.source == source)
+        own = own[np.argsort(-scores.values[own])]
+        spent = np.cumsum(scores.n_tokens[own])
+        better = set(scores.ids[own[spent <= spent[-1] / 2 + longest]].tolist())
+        for ids in drawn:
+            picked = np.isin(scores.ids[own], list(ids))
+            assert set(scores.ids[own[picked]].tolist()) <= better
+            assert abs(scores.n_tokens[own[picked]].sum() - spent[-1] / 10) <= 2 * longest
+        best |= set(scores.ids[own[spent <= spent[-1] / 10]].tolist())
+    assert len(drawn[0] & drawn[1]) < len(drawn[0]) / 2
+    assert len(drawn[0] & best) < len(best) / 2
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
