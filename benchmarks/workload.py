@@ -154,15 +154,14 @@ def train(
         try:
             for batch in (batches[0], batches[-1]):  # the widest, and the one with the most samples
                 step(batch, fits)
-            break
+            report = {"training's tokens per batch": tokens_per_batch, "training's batches": len(batches)}
+            if fits:
+                report["seconds training"] = epoch(batches, True)
+            return report | {"seconds forward and backward": epoch(batches, False)}
         except torch.OutOfMemoryError:
-            tokens_per_batch //= 2
+            tokens_per_batch = tokens_per_batch * 3 // 4
         optimizer.zero_grad(set_to_none=True)
         free()
-    report = {"training's tokens per batch": tokens_per_batch, "training's batches": len(batches)}
-    if fits:
-        report["seconds training"] = epoch(batches, True)
-    return report | {"seconds forward and backward": epoch(batches, False)}
 
 
 def free() -> None:
