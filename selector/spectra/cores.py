@@ -89,7 +89,7 @@ def _chunks(cores: Sequence[Core], members: list[int], shape: torch.Size, memory
     """Runs of members whose matrices, at eight copies each, fit the work space; at least one member each."""
     matrix = cores[members[0]].matrix
     if memory is None:
-        memory = torch.cuda.mem_get_info(matrix.device)[0] // 2 if matrix.is_cuda else MEMORY
+        memory = _free_memory(matrix.device) // 2 if matrix.is_cuda else MEMORY
     room = memory // max(8 * shape.numel() * matrix.element_size(), 1)
     chunk, rows = [], 0
     for i in members:
@@ -99,6 +99,12 @@ def _chunks(cores: Sequence[Core], members: list[int], shape: torch.Size, memory
         chunk.append(i)
         rows += len(cores[i].matrix)
     yield chunk
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free, those among them that torch keeps for later."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _solve_chunk(cores: list[Core], shape: torch.Size) -> list[Tensor]:
