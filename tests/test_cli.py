@@ -82,6 +82,7 @@ def test_score_verify_info_index_search_select(scored, tmp_path, capsys, monkeyp
     printed = capsys.readouterr().out
     assert "raw" in printed
     assert "length-controlled" in printed
+    assert "no better model than chance" in " ".join(printed.split())  # what the evidence says of the default
     selection = Selection.load(tmp_path / "selection" / "selection.parquet")
     control = Selection.load(tmp_path / "selection" / "matched_random.parquet")
     assert len(selection) == 6

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 SELECTION, CONTROL, SCORES = "selection.parquet", "matched_random.parquet", "scores.parquet"
 BUDGET = "10%"
+TOP = (
+    "The top of a score has trained no better model than chance draws where it was measured (README, Evidence): compare with "
+    "the control before a long run, or remove the worse part and draw from the rest, as recipes/better_half.yaml does."
+)
 MATCHING = ("match-target", "target-subspace", "gradient-matching", "then", "union")
 """Policies that look at targets, and those made of others."""
 
@@ -92,6 +96,8 @@ class SelectCommand(ScoredCommand):
         out.print(
             f"{self.out / CONTROL}: {len(control):,} samples, {control.n_tokens.sum():,} tokens, drawn at random with the same lengths"
         )
+        if plan["policy"] == "top":
+            out.print(TOP)
         return 0
 
     def settings(self) -> dict[str, Any]:
