@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -31,6 +32,7 @@ os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", ACCELERATE
 import datasets
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from selector import FeatureStore, ScoreConfig, score_dataset
@@ -38,6 +40,9 @@ from selector.assets import POOL, TINY_MODEL
 from selector.runtime import versions
 from selector.store.verify import inspect
 from selector.types import MEASURES
+
+# By default progress bars of all forked processes share a lock, which one that is killed while it draws would hold for ever.
+tqdm.set_lock(threading.RLock())
 
 WORLD_SIZES = (1, 2, 3)
 HARMLESS = {"temporary file", "unfinished store"}

@@ -8,12 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.slow
 def test_killed_runs_end_in_the_store_of_an_unbroken_run(tmp_path):
     command = [
         sys.executable,

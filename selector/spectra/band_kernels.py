@@ -16,18 +16,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from selector.spectra.band import negligible
-from selector.spectra.kernels import kernel
-
-
-@kernel
-def _scalars(alpha, squares, SMALL: tl.constexpr):
-    """beta, tau and the factor of the tail of the reflector that maps a vector (alpha, x) to (beta, 0), squares = xᵀx."""
-    flat = squares < SMALL
-    norm = tl.sqrt(alpha * alpha + squares)
-    beta = tl.where(flat, alpha, tl.where(alpha > 0, -norm, norm))
-    inverse = tl.where(flat, 0.0, 1.0 / tl.where(flat, 1.0, alpha - beta))
-    tau = tl.where(flat, 0.0, (beta - alpha) / tl.where(flat, 1.0, beta))
-    return beta, tau, inverse
+from selector.spectra.kernels import kernel, reflector_scalars
 
 
 @kernel
@@ -67,7 +56,9 @@ def _form_reflectors(
     for j in range(LEAF):
         head = start + j
         heads = tl.load(rows + head)
-        beta, tau, inverse = _scalars(tl.sum(tl.where(i == j, heads, 0.0)), tl.sum(tl.where(i == j, dots, 0.0)), SMALL)
+        beta, tau, inverse = reflector_scalars(
+            tl.sum(tl.where(i == j, heads, 0.0)), tl.sum(tl.where(i == j, dots, 0.0)), SMALL
+        )
         dots = heads + inverse * dots
         corner = -tau * tl.sum(triangle * tl.where(i < j, dots, 0.0)[None, :], 1)
         corner = tl.where(i < j, corner, tl.where(i == j, tau, 0.0))
@@ -134,7 +125,7 @@ def _chase_bulges(
     corner = band + r * 2 * WIDTH + offsets
     x = tl.load(head, mask=inside, other=0.0)
     diagonal = tl.load(corner, mask=inside[None, :] & upper, other=0.0)
-    beta, tau, inverse = _scalars(tl.sum(tl.where(i == 0, x, 0.0)), tl.sum(tl.where(i > 0, x * x, 0.0)), SMALL)
+    beta, tau, inverse = reflector_scalars(tl.sum(tl.where(i == 0, x, 0.0)), tl.sum(tl.where(i > 0, x * x, 0.0)), SMALL)
     v = tl.where(i == 0, 1.0, x * inverse)
     tl.store(head, tl.where(i == 0, beta, 0.0), mask=inside)
     tl.store(corner, _two_sided(diagonal, v, tau, WIDTH), mask=inside[None, :] & upper)
@@ -158,7 +149,9 @@ def _chase_bulges(
         y = tau * tl.sum(tile * v[:, None], 0)
         tile -= v[:, None] * y[None, :]
         x -= y
-        beta, tau, inverse = _scalars(tl.sum(tl.where(i == 0, x, 0.0)), tl.sum(tl.where(i > 0, x * x, 0.0)), SMALL)
+        beta, tau, inverse = reflector_scalars(
+            tl.sum(tl.where(i == 0, x, 0.0)), tl.sum(tl.where(i > 0, x * x, 0.0)), SMALL
+        )
         v = tl.where(i == 0, 1.0, x * inverse)
         y = tau * tl.sum(tile * v[None, :], 1)
         tile -= y[:, None] * v[None, :]

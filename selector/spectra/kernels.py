@@ -61,6 +61,18 @@ def _barrier(counter, target, GROUP: tl.constexpr):
 
 
 @kernel
+def reflector_scalars(alpha, squares, negligible):
+    """beta, tau and the factor of the tail of the reflector I - tau v vᵀ that maps (alpha, x) to (beta, 0), with squares = xᵀ x and v = (1, x * factor)."""
+    norm = tl.sqrt(alpha * alpha + squares)
+    # A column so small is nothing beside a matrix of magnitude 1, and roots and quotients of its squares would underflow.
+    flat = squares <= negligible
+    beta = tl.where(flat, alpha, tl.where(alpha > 0, -norm, norm))
+    inverse = tl.where(flat, 0.0, 1.0 / tl.where(flat, 1.0, alpha - beta))
+    tau = tl.where(flat, 0.0, (beta - alpha) / tl.where(flat, 1.0, beta))
+    return beta, tau, inverse
+
+
+@kernel
 def _reflector(column, at, k, inverse):
     """Entries of the reflector of column k: 0 up to k, then 1, then the scaled column."""
     v = tl.load(column + at) * inverse
@@ -133,12 +145,7 @@ def _tridiagonalize(
             # The reflector I - tau v vᵀ that maps the column below the diagonal to (beta, 0, ..., 0), with v[k + 1] = 1.
             alpha = tl.load(column_ptr + k + 1)
             squares = tl.sum(tl.load(shares + 2 * PANEL))
-            norm = tl.sqrt(alpha * alpha + squares)
-            # A column so small is nothing beside a matrix of magnitude 1, and roots and quotients of its squares would underflow.
-            flat = squares <= negligible
-            beta = tl.where(flat, alpha, tl.where(alpha > 0, -norm, norm))
-            inverse = tl.where(flat, 0.0, 1.0 / tl.where(flat, 1.0, alpha - beta))
-            tau = tl.where(flat, 0.0, (beta - alpha) / tl.where(flat, 1.0, beta))
+            beta, tau, inverse = reflector_scalars(alpha, squares, negligible)
             if rank == 0:
                 tl.store(e_ptr + m * n + k, beta)
             v_head = tl.load(v_rows + (k + 1) * PANEL + panel, mask=done, other=0.0)

@@ -14,7 +14,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from jaxtyping import Float
 from torch import Tensor
 
-from selector.spectra.kernels import NEGLIGIBLE, kernel, power_of_two
+from selector.spectra.kernels import NEGLIGIBLE, kernel, power_of_two, reflector_scalars
 
 LARGEST = 128
 """Rows of the largest matrix that one program holds. Three blocks in place of one would hold 256, but spill: 27 instead of 13 µs."""
@@ -41,11 +41,7 @@ def _tridiagonalize(a_ptr, d_ptr, e_ptr, n, negligible, SIZE: tl.constexpr):
         tl.store(d + i, x, mask=i == k)
         # The reflector I - tau v vᵀ that maps the row behind the diagonal to (beta, 0, ..., 0), with v[k + 1] = 1.
         alpha, squares = tl.reduce((tl.where(i == k + 1, x, 0.0), tl.where(i > k + 1, x * x, 0.0)), 0, _add)
-        norm = tl.sqrt(alpha * alpha + squares)
-        flat = squares <= negligible
-        beta = tl.where(flat, alpha, tl.where(alpha > 0, -norm, norm))
-        inverse = tl.where(flat, 0.0, 1.0 / tl.where(flat, 1.0, alpha - beta))
-        tau = tl.where(flat, 0.0, (beta - alpha) / tl.where(flat, 1.0, beta))
+        beta, tau, inverse = reflector_scalars(alpha, squares, negligible)
         tl.store(e + k, beta)
         v = tl.where(i > k + 1, x * inverse, tl.where(i == k + 1, 1.0, 0.0))
         # A v and row k + 1 of A in one pass
