@@ -236,5 +236,7 @@ def test_run_killed_before_its_first_manifest_can_be_repeated(model, tmp_path, l
     out.mkdir()
     for name in left:
         (out / name).mkdir() if name == "shards" else (out / name).write_text("half")
+    kinds = {damage.kind for damage in inspect(out)[1]}
+    assert kinds == {"unfinished store"} | ({"temporary file"} if len(left) > 1 and left[1].startswith(".") else set())
     score(model, out, limit=2)
     assert VerifyCommand(store=out).run() == 0

@@ -31,7 +31,7 @@ from selector.store.schema import (
     SHARDS,
     Manifest,
 )
-from selector.store.writer import StoreWriter, checksum, temporary_files, write_manifest, write_settings
+from selector.store.writer import StoreWriter, checksum, is_beginning, temporary_files, write_manifest, write_settings
 
 PARQUET_END = b"PAR1"
 EXAMPLES_SHOWN = 3
@@ -156,6 +156,10 @@ def _damage(kind: str, path: Path, problem: str, **parts: Any) -> Damage:
 
 def _inspect_manifests(store: Path) -> tuple[Manifest | None, list[Damage]]:
     """The copy of the manifest that is right, and what is wrong with each."""
+    if store.is_dir() and is_beginning(store) and not shard_files(store):
+        return None, [
+            _damage("unfinished store", store, "has no manifest yet", got="a run that was killed at its start")
+        ]
     damages: list[Damage] = []
     sound: dict[str, Manifest] = {}
     for name in (MANIFEST, MANIFEST_BACKUP):

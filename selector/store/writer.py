@@ -87,7 +87,7 @@ def check(store: Path, manifest: Manifest, rows: Sequence[str] = (), append: boo
                 problems.append(error)
         raise_all([*problems, *identity_conflicts(store, old, manifest)])
         return replace(manifest, cost=old.cost, shards=old.shards, expected=max(old.expected, manifest.expected))
-    if store.exists() and not (store.is_dir() and _is_beginning(store)):
+    if store.exists() and not (store.is_dir() and is_beginning(store)):
         raise StoreError(
             f"{store} is in use by something else",
             got="files that are no feature store",
@@ -132,8 +132,12 @@ def temporary_files(store: Path) -> list[Path]:
     return sorted(store.rglob(TEMPORARY))
 
 
-def _is_beginning(store: Path) -> bool:
-    """Whether a directory is empty, or holds what a run leaves that is killed before it has written a manifest."""
+def is_beginning(store: Path) -> bool:
+    """Whether a directory is empty, or holds what a run leaves that is killed before it has written a manifest.
+
+    Args:
+        store: the directory.
+    """
     entries = {entry.name for entry in store.iterdir() if not fnmatch(entry.name, TEMPORARY)}
     return entries <= {SHARDS, QUARANTINE, CONFIG} and (SHARDS in entries or not entries)
 
