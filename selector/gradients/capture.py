@@ -49,7 +49,8 @@ class LayerFactors:
 
 
 Consumer = Callable[[LayerFactors], None]
-"""Takes the factors of the modules that read one input; must not keep them."""
+"""Takes the factors of the modules that read one input. They are the model's own tensors: whoever keeps them for later holds their
+memory, and has to see that nothing has overwritten them."""
 
 
 class GradientCapture:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from selector.batching import Batch
 from selector.config import Normalizer
 from selector.registry import Registry
+from selector.spectra.linalg import uses_kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,30 +126,41 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Float[Tensor, "P V"], tokens: Int[Tensor, " P"]) -> Float[Tensor, " P"]:
+    def forward(
+        ctx: Any, logits: Float[Tensor, "M V"], rows: Int[Tensor, " P"], tokens: Int[Tensor, " P"]
+    ) -> Float[Tensor, " P"]:
         exact = torch.promote_types(logits.dtype, torch.float32)
-        largest, others, log_probs = (logits.new_empty(len(tokens), dtype=exact) for _ in range(3))
-        for rows in _pieces(len(tokens)):
-            part, token = logits[rows].to(exact, copy=True), tokens[rows, None]
-            largest[rows] = part.amax(-1)
-            part.sub_(largest[rows, None])
-            own = part.gather(1, token).squeeze(1)
-            others[rows] = part.exp_().scatter_(1, token, 0.0).sum(-1)
-            log_probs[rows] = own - (own.exp() - 1.0 + others[rows]).log1p()
-        ctx.save_for_backward(logits, tokens, largest, others)
-        return log_probs
+        largest, own, others = (logits.new_empty(len(tokens), dtype=exact) for _ in range(3))
+        if uses_kernels(logits):
+            from selector.gradients.loss_kernels import weigh
+
+            weigh(logits, rows, tokens, largest, own, others)
+        else:
+            for piece in _pieces(len(tokens)):
+                part, token = logits[rows[piece]].to(exact), tokens[piece, None]
+                largest[piece] = part.amax(-1)
+                part.sub_(largest[piece, None])
+                own[piece] = part.gather(1, token).squeeze(1)
+                others[piece] = part.exp_().scatter_(1, token, 0.0).sum(-1)
+        ctx.save_for_backward(logits, rows, tokens, largest, own, others)
+        return own - (own.exp() - 1.0 + others).log1p()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        logits, tokens, largest, others = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        # memory traffic is all that this costs: a piece is copied once and changed in place
-        for rows in _pieces(len(tokens)):
-            part, token, rest = logits[rows].to(largest.dtype, copy=True), tokens[rows, None], others[rows, None]
-            part.sub_(largest[rows, None]).exp_()
-            whole = part.gather(1, token) + rest
-            gradient[rows] = part.scatter_(1, token, -rest).mul_(-grads[0][rows, None] / whole)
-        return gradient, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits, rows, tokens, largest, own, others = ctx.saved_tensors
+        gradient = torch.zeros_like(logits)
+        factor = -grads[0] / (own.exp() + others)
+        if uses_kernels(logits):
+            from selector.gradients.loss_kernels import spread
+
+            spread(logits, rows, tokens, largest, others, factor, gradient)
+        else:
+            # memory traffic is all that this costs: a piece is copied once and changed in place
+            for piece in _pieces(len(tokens)):
+                part = logits[rows[piece]].to(largest.dtype)
+                part.sub_(largest[piece, None]).exp_().scatter_(1, tokens[piece, None], -others[piece, None])
+                gradient[rows[piece]] = part.mul_(factor[piece, None]).to(gradient.dtype)
+        return gradient, None, None
 
 
 def _pieces(count: int) -> Iterator[slice]:
@@ -167,9 +179,11 @@ def token_log_probs(
     """
     if columns is None:
         columns = torch.arange(batch.input_ids.shape[1] - 1, device=logits.device)
-    predicted = batch.loss_mask[:, columns + 1]
-    log_probs = _TokenLogProbs.apply(logits[:, : len(columns)][predicted], batch.input_ids[:, columns + 1][predicted])
-    return log_probs, batch.sequence_of_token[:, columns + 1][predicted]
+    sequence, place = batch.loss_mask[:, columns + 1].nonzero(as_tuple=True)
+    column = columns[place] + 1
+    rows = sequence * logits.shape[1] + place
+    log_probs = _TokenLogProbs.apply(logits.flatten(0, 1), rows, batch.input_ids[sequence, column])
+    return log_probs, batch.sequence_of_token[sequence, column]
 
 
 def sequence_log_probs(
@@ -182,7 +196,10 @@ def sequence_log_probs(
         batch: the samples that gave them.
         columns: as for `token_log_probs`.
     """
-    log_probs, owners = token_log_probs(logits, batch, columns)
+    return _per_sequence(*token_log_probs(logits, batch, columns), batch)
+
+
+def _per_sequence(log_probs: Float[Tensor, " P"], owners: Int[Tensor, " P"], batch: Batch) -> Float[Tensor, " S"]:
     return log_probs.new_zeros(len(batch.reference)).index_add(0, owners, log_probs)
 
 
@@ -212,9 +229,9 @@ def sample_losses(
     Returns:
         In float32 or better; the gradient of the sum is, for each sample, what the sample gives alone.
     """
-    owners = batch.sequence_of_token[:, 1:][batch.loss_mask[:, 1:]]
-    n_tokens = owners.bincount(minlength=len(batch.reference))
-    values = (sequence_log_probs(logits, batch, columns), n_tokens, batch.reference, batch.advantage)
+    log_probs, owners = token_log_probs(logits, batch, columns)
+    n_tokens = owners.new_zeros(len(batch.reference)).index_add(0, owners, torch.ones_like(owners))
+    values = (_per_sequence(log_probs, owners, batch), n_tokens, batch.reference, batch.advantage)
     sequences = Sequences(*(value.reshape(len(batch.samples), -1) for value in values))
     return losses[settings.name](sequences, settings)
 

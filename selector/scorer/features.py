@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,23 @@ from selector.gradients.losses import RESPONSE, LossSettings, predicting_columns
 from selector.gradients.targets import Target
 from selector.scorer.clocks import BACKWARD, FACTORS, FORWARD, SCORES, SPECTRA, Clocks
 from selector.scorer.sharding import without_engine
-from selector.spectra import Core, SketchConfig, measures, reduce_factors, sketch, solve
+from selector.spectra import Core, SketchConfig, begin_reduction, measures, sketch, solve
 from selector.store.schema import EXPERTS_HIT
-from selector.types import MEASURES
+from selector.types import MEASURES, LayerSpec
+
+WAITING, WAITING_BYTES = 4, 1 << 30
+"""Reductions whose numbers are still on their way, and bytes of factors that they hold: one decoder layer, which keeps a GPU busy meanwhile."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Reduction:
+    """Factors whose reduction was launched."""
+
+    specs: tuple[LayerSpec, ...]
+    experts: ExpertRows | None
+    size: int
+    """Bytes that it holds."""
+    finish: Callable[[], list[Core]]
 
 
 class FeatureExtractor:
@@ -62,8 +77,7 @@ class FeatureExtractor:
         self.clocks = Clocks()
         self._position = {target.spec.key: i for i, target in enumerate(targets)}
         self._routed = [i for i, target in enumerate(targets) if target.spec.is_routed]
-        self._cores: list[tuple[int, Core, ExpertRows | None]] = []
-        self._sketches: dict[int, Tensor] = {}
+        self._begin()
         self._capture = GradientCapture(self.model, targets, self._take, checkpoint=checkpoint and bool(targets))
         self.scores = ForwardScores(self.model, scorers or {}, bos_token_id)
         """What is computed beside spectra."""
@@ -85,7 +99,7 @@ class FeatureExtractor:
         Returns:
             The row of the feature store of each sample.
         """
-        self._cores, self._sketches = [], {}
+        self._begin()
         self._capture.begin(samples=len(batch.samples), segments=batch.segments)
         if self.reference is not None:
             batch = dataclasses.replace(batch, reference=reference_log_probs(self.reference, batch))
@@ -98,6 +112,7 @@ class FeatureExtractor:
                 with self.clocks(BACKWARD, device):
                     losses.sum().backward()
                     self._capture.finish()
+                    self._finish_reductions(0)
         with self.clocks(SCORES, device):
             scores = {name: v.tolist() for name, v in self.scores(batch, logits, columns, self._logits).items()}
         del logits  # the largest tensor of the pass, which spectra need no more
@@ -124,22 +139,37 @@ class FeatureExtractor:
         columns = predicting_columns(batch)
         return self._run(**batch.inputs, use_cache=False, logits_to_keep=columns).logits, columns
 
+    def _begin(self) -> None:
+        self._reductions: deque[_Reduction] = deque()
+        self._cores: list[tuple[int, Core, ExpertRows | None]] = []
+        self._sketches: dict[int, Tensor] = {}
+
     def _take(self, factors: LayerFactors) -> None:
         with self.clocks(FACTORS, factors.x.device):
             self._reduce(factors)
 
     def _reduce(self, factors: LayerFactors) -> None:
-        cores = reduce_factors(factors.x, factors.deltas, precision=self.precision)
-        for spec, core, delta in zip(factors.specs, cores, factors.deltas, strict=True):
-            position = self._position[spec.key]
-            self._cores.append((position, core, factors.experts))
-            if self.sketch is not None:
-                if factors.experts is not None:
-                    raise ModelError(
-                        "routed experts cannot be sketched", got=spec.name, allowed="layers that every token passes",
-                        fix="leave them out by --projections q k v o, or set --sketch-dimension 0",
-                    )  # fmt: skip
-                self._sketches[position] = sketch(factors.x, delta, spec.key, self.sketch)
+        finish = begin_reduction(factors.x, factors.deltas, precision=self.precision)
+        size = sum(tensor.nbytes for tensor in (factors.x, *factors.deltas))
+        self._reductions.append(_Reduction(factors.specs, factors.experts, size, finish))
+        if self.sketch is not None:
+            if factors.experts is not None:
+                raise ModelError(
+                    "routed experts cannot be sketched", got=factors.specs[0].name, allowed="layers that every token passes",
+                    fix="leave them out by --projections q k v o, or set --sketch-dimension 0",
+                )  # fmt: skip
+            for spec, delta in zip(factors.specs, factors.deltas, strict=True):
+                self._sketches[self._position[spec.key]] = sketch(factors.x, delta, spec.key, self.sketch)
+        self._finish_reductions(WAITING)
+
+    def _finish_reductions(self, waiting: int) -> None:
+        """Take the cores of the oldest reductions, until so many are left that hold no more than they may."""
+        held = sum(reduction.size for reduction in self._reductions)
+        while len(self._reductions) > waiting or held > WAITING_BYTES:
+            reduction = self._reductions.popleft()
+            held -= reduction.size
+            for spec, core in zip(reduction.specs, reduction.finish(), strict=True):
+                self._cores.append((self._position[spec.key], core, reduction.experts))
 
     def _features(
         self, n_samples: int, device: torch.device
@@ -161,11 +191,13 @@ class FeatureExtractor:
         for members in groups.values():
             stacked = torch.stack([spectra[i] for i in members])
             values = torch.stack([measures[name](stacked) for name in MEASURES])
+            of_samples = [(place, self._cores[i][0]) for place, i in enumerate(members) if self._cores[i][2] is None]
+            if of_samples:
+                places, positions = torch.tensor(of_samples, device=device).T
+                sums[:, positions], weights[positions] = values[:, places], 1.0
             for place, i in enumerate(members):
                 position, _, experts = self._cores[i]
-                if experts is None:
-                    sums[:, position], weights[position] = values[:, place], 1.0
-                else:
+                if experts is not None:
                     sums[:, position].index_add_(1, experts.sample, values[:, place] * experts.tokens)
                     weights[position].index_add_(0, experts.sample, experts.tokens.double())
                     hits[position].index_add_(0, experts.sample, torch.ones_like(experts.sample, dtype=hits.dtype))

@@ -9,16 +9,18 @@ tokens. The products of factors may stay in float32 for that: their rounding mat
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from selector.spectra.deflation import deflate
-from selector.spectra.linalg import padded_size, root_eigenvalues, semidefinite_factor, uses_kernels
+from selector.spectra.linalg import congruence, padded_size, root_eigenvalues, semidefinite_factor, uses_kernels
 from selector.spectra.threads import over_batch
 
 MEMORY = 1 << 30
@@ -86,11 +88,11 @@ def _padded(core: Core) -> torch.Size:
 
 
 def _chunks(cores: Sequence[Core], members: list[int], shape: torch.Size, memory: int | None) -> Iterator[list[int]]:
-    """Runs of members whose matrices, at eight copies each, fit the work space; at least one member each."""
+    """Runs of members whose matrices, at six copies in float64 each, fit the work space; at least one member each."""
     matrix = cores[members[0]].matrix
     if memory is None:
         memory = _free_memory(matrix.device) // 2 if matrix.is_cuda else MEMORY
-    room = memory // max(8 * shape.numel() * matrix.element_size(), 1)
+    room = memory // max(6 * 8 * shape.numel(), 1)
     chunk, rows = [], 0
     for i in members:
         if chunk and rows + len(cores[i].matrix) > room:
@@ -110,22 +112,57 @@ def _free_memory(device: torch.device) -> int:
 def _solve_chunk(cores: list[Core], shape: torch.Size) -> list[Tensor]:
     """Spectra of cores that share kind, dtype and device, padded to one size; one wait for the GPU where the dtype is float32."""
     lengths = [len(core.matrix) for core in cores]
-    scale = torch.cat([core.scale for core in cores]).to(cores[0].matrix.device)
+    matrices = _stack([core.matrix for core in cores], shape)
+    scale = torch.cat([core.scale for core in cores]).to(matrices.device)
     if not cores[0].squared:
-        values = over_batch(torch.linalg.svdvals, torch.cat([core.matrix for core in cores]))
+        values = over_batch(torch.linalg.svdvals, matrices)
     else:
-        lefts = {id(core.left): core.left for core in cores if core.left is not None}
-        factors = dict(zip(lefts, _factors(list(lefts.values()), shape), strict=True))
-        shares = scale.square().reciprocal().nan_to_num(0.0).split(lengths)
-        everything = [slice(None)] * len(cores)
-        values = root_eigenvalues(_squares(cores, factors, shares, everything, shape, cores[0].dtype)).double()
-        noisy = _is_noisy(values).cpu() if cores[0].dtype == torch.float32 else torch.tensor(False)
-        if noisy.any():
-            samples = [flags.nonzero().flatten().to(values.device) for flags in noisy.split(lengths)]
-            squares = _squares(cores, factors, shares, samples, shape, torch.float64)
-            values[noisy.to(values.device)] = _solve_noisy(squares)
+        squares = _Squares(cores, matrices, scale)
+        values = root_eigenvalues(squares().to(cores[0].dtype)).double()
+        noisy = _is_noisy(values).nonzero().flatten() if cores[0].dtype == torch.float32 else []
+        if len(noisy):
+            values[noisy] = _solve_noisy(squares(noisy))
     spectra = values.double() * scale.unsqueeze(-1)
     return [part[:, : core.matrix.shape[-2]] for part, core in zip(spectra.split(lengths), cores, strict=True)]
+
+
+def _stack(matrices: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """All matrices in one batch, padded with zeros."""
+    return torch.cat([
+        m if m.shape[-2:] == shape else F.pad(m, (0, shape[1] - m.shape[-1], 0, shape[0] - m.shape[-2])) for m in matrices
+    ])  # fmt: skip
+
+
+class _Squares:
+    """The matrices whose eigenvalues are sigma², divided by the squares of the scales.
+
+    Args:
+        cores: whose matrices they are.
+        matrices: of all of them, one behind the other.
+        scale: of each matrix.
+    """
+
+    def __init__(self, cores: Sequence[Core], matrices: Float[Tensor, "M n n"], scale: Float[Tensor, " M"]) -> None:
+        self._matrices = matrices
+        self._shares = scale.square().reciprocal().nan_to_num(0.0)[:, None, None]
+        self._factors = self._owners = None
+        if cores[0].left is not None:
+            lefts = {id(core.left): core.left for core in cores if core.left is not None}
+            starts = dict(zip(lefts, itertools.accumulate(map(len, lefts.values()), initial=0), strict=False))
+            owners = [starts[id(core.left)] + torch.arange(len(core.matrix)) for core in cores]
+            self._owners = torch.cat(owners).to(matrices.device)
+            self._factors = semidefinite_factor(_stack(list(lefts.values()), matrices.shape[-2:]))
+
+    def __call__(self, which: Tensor | slice = slice(None)) -> Float[Tensor, "m n n"]:
+        """Those of some matrices, float64, valid on and above the diagonal.
+
+        Args:
+            which: positions of the matrices; all when left out.
+        """
+        matrices = self._matrices[which] * self._shares[which]  # powers of two: exact
+        if self._factors is None or self._owners is None:
+            return matrices
+        return congruence(self._factors[self._owners[which]], matrices)
 
 
 def _solve_noisy(squares: Tensor) -> Tensor:
@@ -144,38 +181,6 @@ def _solve_noisy(squares: Tensor) -> Tensor:
     if again.any():
         values[again] = root_eigenvalues(squares[again])
     return values
-
-
-def _factors(lefts: list[Tensor], shape: torch.Size) -> Sequence[Tensor]:
-    """Factors of left matrices, padded to one size, which are factored together."""
-    if not lefts:
-        return ()
-    stacked = lefts[0].new_zeros(sum(len(left) for left in lefts), *shape)
-    parts = stacked.split([len(left) for left in lefts])
-    for part, left in zip(parts, lefts, strict=True):
-        part[:, : left.shape[-2], : left.shape[-1]] = left
-    return semidefinite_factor(stacked).split([len(left) for left in lefts])
-
-
-def _squares(
-    cores: list[Core],
-    factors: dict[int, Tensor],
-    shares: Sequence[Tensor],
-    samples: Sequence[Tensor | slice],
-    shape: torch.Size,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The matrices whose eigenvalues are sigma² times a share, of some samples of each core, padded to one size by zeros."""
-    chosen = [core.matrix[which] for core, which in zip(cores, samples, strict=True)]
-    squares = chosen[0].new_zeros(sum(len(part) for part in chosen), *shape, dtype=dtype)
-    into = squares.split([len(part) for part in chosen])
-    for core, share, which, part, out in zip(cores, shares, samples, chosen, into, strict=True):
-        n, part = part.shape[-1], part.double()
-        if core.left is not None:
-            factor = factors[id(core.left)][which, :n, :n]
-            part = factor.mT @ part @ factor
-        torch.mul(part, share[which, None, None], out=out[:, :n, :n])
-    return squares
 
 
 def _is_noisy(values: Tensor, beside: Tensor | float = 0.0) -> Tensor:

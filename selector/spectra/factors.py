@@ -6,7 +6,8 @@ The gradient of a linear layer is G = deltaᵀ x. Its singular values need neith
     T >  min(I, O)   sigma² = eig(G Gᵀ) on the smaller side of G
 
 `reduce_factors` keeps only those small matrices, so that hooks can free x and delta at once; `solve` takes the matrices of all
-layers and solves those of one size together.
+layers and solves those of one size together. What a GPU computes for a layer is launched at once, but the few numbers that decide
+how it goes on are read later where the caller can wait with them (`begin_reduction`), so that the GPU need not wait for the host.
 
 Squaring costs half the digits. What lies below the floor of a route is noise:
 
@@ -25,7 +26,7 @@ others, and solves a sample's matrix again in high where the floor comes near it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -35,15 +36,14 @@ from torch import Tensor
 
 from selector.errors import ConfigError, SelectorError, did_you_mean
 from selector.spectra.cores import Core, solve
-from selector.spectra.linalg import matmul, outer_square
-from selector.spectra.threads import over_batch
+from selector.spectra.routes import cores_of
 
 Precision = Literal["fast", "high", "reference", "auto"]
 
 ESCALATE = 0.1
 """`auto` solves a matrix again when its floor exceeds this share of ‖G‖_F / sqrt(R)."""
-IN_RANGE = (2.0**-60, 2.0**60)
-"""Norms of Gram matrices, of two multiplied, and of gradients, that float32 holds with all that counts; others are solved in high."""
+OVERWRITTEN = 1e-2
+"""Share of ‖G‖² by which two reductions of the same factors may differ, beside their rounding; it stays a hundred times below."""
 
 
 def singular_values(
@@ -83,10 +83,35 @@ def reduce_factors(
         ConfigError: the precision is unknown.
         SelectorError: the factors do not fit each other.
     """
+    return begin_reduction(x, deltas, precision)()
+
+
+def begin_reduction(
+    x: Float[Tensor, "N T I"], deltas: Sequence[Float[Tensor, "N T _"]], precision: Precision = "auto"
+) -> Callable[[], list[Core]]:
+    """Launch what `reduce_factors` does on the device, and leave to a call of the result what waits for it.
+
+    Until that call x and deltas must stay as they are, since some samples may have to be reduced again.
+
+    Args:
+        x: as for `reduce_factors`.
+        deltas: as for `reduce_factors`.
+        precision: as for `reduce_factors`.
+
+    Returns:
+        To be called once; returns one core per projection. It raises SelectorError where it needs factors that were overwritten.
+
+    Raises:
+        ConfigError: the precision is unknown.
+        SelectorError: the factors do not fit each other.
+    """
     check_factors(x, deltas, precision)
     chosen = precision if precision != "auto" else "fast" if x.element_size() < 4 else "high"
-    cores = _reduce(x, deltas, chosen)
-    return _escalate(cores, x, deltas, precision) if chosen == "fast" else cores
+    finish = cores_of(x, deltas, chosen)
+    if chosen != "fast":
+        return finish
+    factors = _Factors(x, deltas)
+    return lambda: _escalate(finish(), factors, precision)
 
 
 def check_factors(x: Tensor, deltas: Sequence[Tensor], precision: str) -> None:
@@ -115,96 +140,38 @@ def check_factors(x: Tensor, deltas: Sequence[Tensor], precision: str) -> None:
             )
 
 
-def _reduce(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
-    """The cores of all projections: those with T <= min(I, O), which share the part of x, and those with more tokens."""
-    length, width = x.shape[1:]
-    short = [i for i, delta in enumerate(deltas) if length <= min(width, delta.shape[-1])]
-    long = [i for i in range(len(deltas)) if i not in short]
-    cores: dict[int, Core] = {}
-    for positions, route in (
-        (short, _triangle_cores if precision == "reference" else _gram_cores),
-        (long, _gradient_cores),
-    ):
-        if positions:
-            cores |= zip(positions, route(x, [deltas[i] for i in positions], precision), strict=True)
-    return [cores[i] for i in range(len(deltas))]
+class _Factors:
+    """Factors that are kept for a second reduction, and what tells that they were changed in the meantime."""
+
+    def __init__(self, x: Tensor, deltas: Sequence[Tensor]) -> None:
+        self.x, self.deltas = x, deltas
+        self._versions = self._count()
+
+    def _count(self) -> list[int]:
+        return [0 if tensor.is_inference() else tensor._version for tensor in (self.x, *self.deltas)]
+
+    def reduce_in_high(self, projection: int, samples: Tensor, core: Core) -> Core:
+        """The core of some samples of a projection in high.
+
+        Args:
+            projection: which one.
+            samples: positions of the samples.
+            core: what fast has made of all of them.
+        """
+        (better,) = cores_of(self.x[samples], [self.deltas[projection][samples]], "high")()
+        # A kernel that writes past torch leaves the counts alone, but not the norms; floor² is eps32 ‖x‖ ‖delta‖, the rounding of ‖G‖².
+        chosen = samples.to(core.floor.device)
+        before, after = core.frobenius[chosen].square(), better.frobenius.square()
+        moved = (after - before).abs() > OVERWRITTEN * (after + core.floor[chosen].square())
+        if self._count() != self._versions or moved.any():
+            raise SelectorError(
+                "a layer's inputs or output gradients were overwritten before they could be measured",
+                allowed="operations that leave them alone", fix="switch off what works in place, or measure in high",
+            )  # fmt: skip
+        return better
 
 
-def _gram_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
-    # All projections go through each step together, and what is one number per sample is reckoned on the host: a model has hundreds
-    # of projections, and launches of small kernels would be the whole bill.
-    rights = torch.stack([_gram(delta, precision) for delta in deltas])
-    live = (rights.diagonal(dim1=-2, dim2=-1) != 0).any(0)
-    # Rows that no projection uses (padding, the last token) may hold anything; they must not even be multiplied by zero.
-    left = torch.where(live.unsqueeze(-1) & live.unsqueeze(-2), _gram(x, precision), 0.0)
-    # The Frobenius norm of a Gram matrix bounds its largest eigenvalue from above, and closely.
-    left_norm, right_norm, squares = _to_host(
-        torch.linalg.matrix_norm(left),
-        torch.linalg.matrix_norm(rights),
-        (left * rights).sum((-2, -1), dtype=torch.float64),
-    )
-    size = left_norm * right_norm
-    left_ok = _in_range(left_norm, precision)
-    ok = left_ok & _in_range(right_norm, precision) & _in_range(size, precision)
-    if not ok.all():
-        rights[(~ok).to(x.device)] = 0.0
-        left[(~left_ok).to(x.device)] = 0.0
-    scale, eps = _power_of_two(size.sqrt(), ok), torch.finfo(_work_dtype(precision)).eps
-    frobenius, floor = (n.clamp_min(0).sqrt().masked_fill(~ok, torch.nan) for n in (squares, eps * size))
-    route = f"{precision}: {left.shape[-1]}x{left.shape[-1]} Gram"
-    return [
-        Core(rights[i], left, True, scale[i], frobenius[i], floor[i], _work_dtype(precision), route)
-        for i in range(len(deltas))
-    ]
-
-
-def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
-    """With xᵀ = Q R and deltaᵀ = P S (QR), G = P (S Rᵀ) Qᵀ has the singular values of S Rᵀ."""
-    doubles = [delta.double() for delta in deltas]
-    lengths = [torch.linalg.vector_norm(delta, dim=-1) for delta in doubles]
-    live = torch.stack([length != 0 for length in lengths]).any(0)
-    x = x.masked_fill(~live.unsqueeze(-1), 0.0).double()
-    x_norm = torch.linalg.matrix_norm(x)
-    right = over_batch(_triangle, _finite(x, x_norm).mT).mT
-    cores = []
-    for delta, length in zip(doubles, lengths, strict=True):
-        norm = torch.linalg.vector_norm(length, dim=-1)
-        matrix = over_batch(_triangle, _finite(delta, norm).mT) @ right
-        size, frobenius = _to_host(x_norm * norm, torch.linalg.matrix_norm(matrix))
-        scale = torch.ones_like(size).masked_fill(~size.isfinite(), torch.nan)
-        floor = torch.finfo(torch.float64).eps * size * scale
-        route = f"{precision}: {matrix.shape[-1]}x{matrix.shape[-1]} triangular factors"
-        cores.append(Core(matrix, None, False, scale, frobenius * scale, floor, torch.float64, route))
-    return cores
-
-
-def _triangle(matrices: Tensor) -> Tensor:
-    return torch.linalg.qr(matrices, mode="r").R
-
-
-def _gradient_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
-    eps = torch.finfo(_work_dtype(precision)).eps
-    live = torch.stack([(delta != 0).any(-1) for delta in deltas]).any(0)
-    x = _operand(x.masked_fill(~live.unsqueeze(-1), 0.0), precision)
-    cores = []
-    for original in deltas:
-        delta = _operand(original, precision)
-        gradient = matmul(delta.mT, x) if delta.shape[-1] <= x.shape[-1] else matmul(x.mT, delta)
-        (norm,) = _to_host(torch.linalg.vector_norm(gradient, dim=(-2, -1), dtype=torch.float64))
-        ok = _in_range(norm, precision)
-        if not ok.all():
-            gradient[(~ok).to(x.device)] = 0.0
-        size, squared = gradient.shape[-2], precision != "reference"
-        scale = _power_of_two(norm, ok) if squared else torch.ones_like(norm).masked_fill(~ok, torch.nan)
-        frobenius = norm.masked_fill(~ok, torch.nan)
-        floor = (eps**0.5 if squared else eps) * frobenius
-        route = f"{precision}: {size}x{size} " + ("Gram of G" if squared else "G")
-        matrix = outer_square(gradient) if squared else gradient
-        cores.append(Core(matrix, None, squared, scale, frobenius, floor, _work_dtype(precision), route))
-    return cores
-
-
-def _escalate(cores: list[Core], x: Tensor, deltas: Sequence[Tensor], precision: str) -> list[Core]:
+def _escalate(cores: list[Core], factors: _Factors, precision: str) -> list[Core]:
     """The cores of fast with those samples added in high that float32 cannot hold.
 
     These are samples out of its range, zero ones among them, and for `auto` those whose floor comes near their typical singular value.
@@ -216,47 +183,7 @@ def _escalate(cores: list[Core], x: Tensor, deltas: Sequence[Tensor], precision:
         need |= torch.stack([core.floor * core.matrix.shape[-2] ** 0.5 > ESCALATE * core.frobenius for core in cores])
     for i, flags in enumerate(need.tolist()):
         if any(flags):
-            samples = torch.tensor([n for n, flag in enumerate(flags) if flag], device=x.device)
-            (better,) = _reduce(x[samples], [deltas[i][samples]], "high")
+            samples = torch.tensor([n for n, flag in enumerate(flags) if flag], device=factors.x.device)
+            better = factors.reduce_in_high(i, samples, cores[i])
             cores[i] = replace(cores[i], escalated=(samples, better), route=f"{cores[i].route}, {len(samples)} in high")
     return cores
-
-
-def _work_dtype(precision: str) -> torch.dtype:
-    return torch.float32 if precision == "fast" else torch.float64
-
-
-def _operand(values: Tensor, precision: str) -> Tensor:
-    """The values in a dtype whose products `precision` allows: 16 bits stay as they are in fast."""
-    if precision != "fast":
-        return values.double()
-    return values.float() if values.element_size() == 8 else values
-
-
-def _gram(values: Tensor, precision: str) -> Tensor:
-    operand = _operand(values, precision)
-    return matmul(operand, operand.mT)
-
-
-def _to_host(*numbers: Tensor) -> list[Tensor]:
-    """Tensors on the CPU in float64, in one transfer."""
-    joined = torch.cat([tensor.flatten().double() for tensor in numbers]).cpu()
-    parts = joined.split([tensor.numel() for tensor in numbers])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, numbers, strict=True)]
-
-
-def _in_range(size: Tensor, precision: str) -> Tensor:
-    low, high = IN_RANGE if precision == "fast" else (0.0, torch.finfo(torch.float64).max)
-    return (size >= low) & (size <= high)
-
-
-def _power_of_two(size: Tensor, ok: Tensor) -> Tensor:
-    """The power of two next above a size, by which numbers are divided without rounding; 1 for zeros, NaN where not ok."""
-    power = torch.where(size > 0, size / torch.frexp(size).mantissa, 1.0)
-    return power.masked_fill(~ok, torch.nan)
-
-
-def _finite(matrices: Tensor, norms: Tensor) -> Tensor:
-    """The matrices with those whose norm is not finite replaced by zeros."""
-    bad = ~norms.isfinite()
-    return matrices.masked_fill(bad[:, None, None], 0.0) if bad.any() else matrices

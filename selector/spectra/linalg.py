@@ -19,6 +19,8 @@ from selector.spectra.threads import over_batch
 
 BAND_FROM = 256, 1 << 25
 """Size of float32 matrices, and numbers in a batch of them, from which they are reduced by way of a band: fewer leave the GPU waiting for launches."""
+SMALLEST_BLOCK = 128
+"""Columns of blocks below which a GPU's products are too small to be worth a launch."""
 TRACE_TOLERANCE = 1e-2
 """Largest share of the trace by which eigenvalues may miss it; rounding alone stays a hundred times below."""
 
@@ -60,7 +62,7 @@ def semidefinite_factor(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n 
         matrices: finite, positive semidefinite up to rounding, float32 or float64.
 
     Returns:
-        The factor, float64. A zero row of the matrix gives a zero row and column.
+        The factor, lower triangular, float64. A zero row of the matrix gives a zero row.
     """
     own, double = torch.finfo(matrices.dtype).eps, torch.finfo(torch.float64).eps
     empty = matrices.diagonal(dim1=-2, dim2=-1) <= 0
@@ -71,11 +73,34 @@ def semidefinite_factor(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n 
             failed = failed[still]
     lower.masked_fill_(empty.unsqueeze(-2), 0.0)
     if len(failed):
-        # columns of this factor belong to eigenvectors, not to rows of the matrix: only rows may be cleared
+        # columns of this root belong to eigenvectors, not to rows of the matrix: only rows may be cleared
         values, vectors = torch.linalg.eigh(matrices[failed].double())
         roots = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
-        lower[failed] = roots.masked_fill(empty[failed].unsqueeze(-1), 0.0)
+        roots.masked_fill_(empty[failed].unsqueeze(-1), 0.0)
+        lower[failed] = torch.linalg.qr(roots.mT, mode="r").R.mT
     return lower
+
+
+def congruence(lower: Float[Tensor, "N n n"], symmetric: Float[Tensor, "N n n"]) -> Float[Tensor, "N n n"]:
+    """The upper triangle of Lᵀ S L, by blocks, which leaves out about half of the products with zeros or below the diagonal.
+
+    Args:
+        lower: L, lower triangular.
+        symmetric: S, of the same dtype.
+
+    Returns:
+        Products; zeros in the blocks below the diagonal.
+    """
+    n = lower.shape[-1]
+    step = -(-n // max(min(n // SMALLEST_BLOCK, 4), 1))
+    blocks = [slice(start, start + step) for start in range(0, n, max(step, 1))]
+    out = torch.zeros_like(symmetric)
+    for j in blocks:
+        right = symmetric[:, :, j.start :] @ lower[:, j.start :, j]
+        for i in blocks:
+            if i.start <= j.start:
+                out[:, i, j] = lower[:, i.start :, i].mT @ right[:, i.start :]
+    return out
 
 
 def outer_square(matrices: Float[Tensor, "N n k"]) -> Float[Tensor, "N n n"]:
