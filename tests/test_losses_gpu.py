@@ -22,10 +22,10 @@ def test_log_probabilities_and_their_gradient_agree_with_autograd(dtype, width):
     logits[rows[10:], :5] = -torch.inf  # what a model rules out
     tokens[10:].clamp_(min=5)
     weights = torch.randn(30, generator=generator)
-    exact = logits.double().requires_grad_()
+    exact = logits.double().detach().clone().requires_grad_()
     wanted = exact[rows].log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
     wanted.backward(weights.double())
-    given = logits.cuda().requires_grad_()
+    given = logits.cuda().detach().requires_grad_()
     found = _TokenLogProbs.apply(given, rows.cuda(), tokens.cuda())
     found.backward(weights.cuda())
     assert found.dtype == torch.promote_types(dtype, torch.float32)

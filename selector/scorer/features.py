@@ -79,6 +79,8 @@ class FeatureExtractor:
         self._routed = [i for i, target in enumerate(targets) if target.spec.is_routed]
         self._begin()
         self._capture = GradientCapture(self.model, targets, self._take, checkpoint=checkpoint and bool(targets))
+        self.peak_memory = 0
+        """Most bytes that passes of the model have had on a GPU; the solver's work space, which adapts to what is free, comes after them."""
         self.scores = ForwardScores(self.model, scorers or {}, bos_token_id)
         """What is computed beside spectra."""
         whole: nn.Module = getattr(self.model, "get_base_model", lambda: self.model)()
@@ -116,20 +118,25 @@ class FeatureExtractor:
         with self.clocks(SCORES, device):
             scores = {name: v.tolist() for name, v in self.scores(batch, logits, columns, self._logits).items()}
         del logits  # the largest tensor of the pass, which spectra need no more
+        if device.type == "cuda":
+            self.peak_memory = torch.cuda.max_memory_allocated(device)
         with self.clocks(SPECTRA, device):
             features, measured, hits = self._features(len(batch.samples), device)
             sketches = self._joined_sketches(len(batch.samples))
         self.clocks.settle()
+        loss = losses.detach().cpu().numpy()
+        norms = np.where(measured, features["frobenius_norm"], 0.0)
+        finite = np.isfinite(loss) & np.isfinite(norms).all(1)
+        for values in scores.values():
+            finite &= ~np.isinf(values)  # NaN stands for a number that a sample does not have
+        kinds = np.where(
+            finite, np.where(norms.any(1) | (not self.targets), "ok", "zero_gradient"), "nonfinite"
+        ).tolist()
+        arrays = features | hits | sketches if self.targets else {}
         rows = []
-        for i, loss in enumerate(losses.detach().tolist()):
-            norms = features["frobenius_norm"][i][measured[i]]
+        for i, (sample, status, nats) in enumerate(zip(batch.samples, kinds, loss.tolist(), strict=True)):
             given = {name: None if math.isnan(values[i]) else values[i] for name, values in scores.items()}
-            if not np.isfinite([loss, *norms, *(value for value in given.values() if value is not None)]).all():
-                status = "nonfinite"
-            else:
-                status = "ok" if norms.any() or not self.targets else "zero_gradient"
-            arrays = {name: matrix[i] for name, matrix in (features | hits | sketches).items()} if self.targets else {}
-            rows.append(sample_row(batch.samples[i], status, loss, arrays | given))
+            rows.append(sample_row(sample, status, nats, {name: matrix[i] for name, matrix in arrays.items()} | given))
         return rows
 
     def _logits(self, batch: Batch, whole: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ import torch
 from selector.batching import Batch, BatchQueue
 from selector.data.samples import Sample
 from selector.errors import ModelError
-from selector.scorer.features import sample_row
+from selector.scorer.features import FeatureExtractor, sample_row
 from selector.scorer.progress import Progress
 
 logger = logging.getLogger("selector")
@@ -105,11 +105,11 @@ def measure_in_step(
             progress.advance(len(batch), sum(sample.n_tokens for sample in batch))
 
 
-def find_budget(extract: Extract, longest: Sample, collate: Collate, device: torch.device) -> int:
+def find_budget(extractor: FeatureExtractor, longest: Sample, collate: Collate, device: torch.device) -> int:
     """A token budget from the memory that the longest sample takes, which per token is the most of any.
 
     Args:
-        extract: batch to rows of the feature store; its rows are dropped.
+        extractor: what measures; its rows are dropped.
         longest: the sample with the longest sequence.
         collate: makes a batch of samples on the model's device.
         device: where the model is.
@@ -124,9 +124,9 @@ def find_budget(extract: Extract, longest: Sample, collate: Collate, device: tor
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0]
-    if _attempt(extract, collate(batch)) is None:
+    if _attempt(extractor, collate(batch)) is None:
         return padded_tokens(batch)
-    used = max(torch.cuda.max_memory_allocated(device) - before, 1)
+    used = max(extractor.peak_memory - before, 1)
     fitting = int(SHARE_OF_MEMORY * free / used * padded_tokens(batch))
     return max(padded_tokens(batch), min(fitting, LARGEST_BUDGET))
 

@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -176,14 +177,13 @@ def _escalate(cores: list[Core], factors: _Factors, precision: str) -> list[Core
 
     These are samples out of its range, zero ones among them, and for `auto` those whose floor comes near their typical singular value.
     """
-    if not cores:
-        return cores
-    need = torch.stack([core.scale for core in cores]).isnan()
-    if precision == "auto":
-        need |= torch.stack([core.floor * core.matrix.shape[-2] ** 0.5 > ESCALATE * core.frobenius for core in cores])
-    for i, flags in enumerate(need.tolist()):
-        if any(flags):
-            samples = torch.tensor([n for n, flag in enumerate(flags) if flag], device=factors.x.device)
+    for i, core in enumerate(cores):
+        need = np.isnan(core.scale.numpy())
+        if precision == "auto":
+            share = ESCALATE / core.matrix.shape[-2] ** 0.5 if core.matrix.numel() else 0.0
+            need |= core.floor.numpy() > share * core.frobenius.numpy()
+        if need.any():
+            samples = torch.from_numpy(need.nonzero()[0]).to(factors.x.device)
             better = factors.reduce_in_high(i, samples, cores[i])
             cores[i] = replace(cores[i], escalated=(samples, better), route=f"{cores[i].route}, {len(samples)} in high")
     return cores

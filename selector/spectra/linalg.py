@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from selector.spectra.threads import over_batch
 
-BAND_FROM = 256, 1 << 25
+BAND_FROM = 160, 1 << 25
 """Size of float32 matrices, and numbers in a batch of them, from which they are reduced by way of a band: fewer leave the GPU waiting for launches."""
-SMALLEST_BLOCK = 128
-"""Columns of blocks below which a GPU's products are too small to be worth a launch."""
+BLOCKS_FROM, BLOCK = 448, 64
+"""Size of matrices from which products of triangular ones pay by blocks, and what their columns are a multiple of."""
 TRACE_TOLERANCE = 1e-2
 """Largest share of the trace by which eigenvalues may miss it; rounding alone stays a hundred times below."""
 
@@ -45,7 +46,7 @@ def root_eigenvalues(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n"]:
     largest, trace = diagonal.amax(-1), diagonal.sum(-1)
     scale = torch.where(largest > 0, largest, 1.0)
     tridiagonal, off_diagonal = _tridiagonalize(matrices.div_(scale[:, None, None]))
-    roots = bisect_roots(tridiagonal, off_diagonal) * scale.sqrt().unsqueeze(-1)
+    roots = bisect_roots(tridiagonal, off_diagonal)[:, : matrices.shape[-1]] * scale.sqrt().unsqueeze(-1)
     # eigenvalues add up to the trace: a kernel that went wrong must not pass unseen
     ok = ((roots.square().sum(-1) - trace).abs() <= TRACE_TOLERANCE * trace) & tridiagonal.isfinite().all(-1)
     return roots.masked_fill(~ok.unsqueeze(-1), torch.nan)
@@ -92,7 +93,7 @@ def congruence(lower: Float[Tensor, "N n n"], symmetric: Float[Tensor, "N n n"])
         Products; zeros in the blocks below the diagonal.
     """
     n = lower.shape[-1]
-    step = -(-n // max(min(n // SMALLEST_BLOCK, 4), 1))
+    step = -(-n // (4 * BLOCK)) * BLOCK if n >= BLOCKS_FROM else n
     blocks = [slice(start, start + step) for start in range(0, n, max(step, 1))]
     out = torch.zeros_like(symmetric)
     for j in blocks:
@@ -164,15 +165,15 @@ def padded_size(size: int, like: Tensor) -> int:
     """
     if not uses_kernels(like):
         return size
-    from selector.spectra.kernels import TILE
+    from selector.spectra.band import WIDTH
     from selector.spectra.resident import LARGEST
 
-    return size if size <= LARGEST else -(-size // TILE) * TILE
+    return size if size <= LARGEST else -(-size // WIDTH) * WIDTH
 
 
 def _tridiagonalize(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """In registers where a matrix fits, by way of a band where it is large, else in one stage; matrices are destroyed."""
-    from selector.spectra.kernels import tridiagonalize
+    from selector.spectra.kernels import TILE, tridiagonalize
     from selector.spectra.resident import LARGEST, tridiagonalize_resident
 
     n = matrices.shape[-1]
@@ -182,7 +183,8 @@ def _tridiagonalize(matrices: Tensor) -> tuple[Tensor, Tensor]:
         from selector.spectra.band import tridiagonalize_by_band
 
         return tridiagonalize_by_band(matrices)
-    return tridiagonalize(matrices)
+    more = -n % TILE
+    return tridiagonalize(F.pad(matrices, (0, more, 0, more)) if more else matrices)
 
 
 def _upper_eigenvalues(matrices: Tensor) -> Tensor:

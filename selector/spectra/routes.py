@@ -7,13 +7,15 @@ a layer's projections, and makes cores of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from selector.spectra.cores import Core
-from selector.spectra.linalg import matmul, outer_square
+from selector.spectra.linalg import matmul, outer_square, uses_kernels
 from selector.spectra.threads import over_batch
 
 IN_RANGE = (2.0**-60, 2.0**60)
@@ -52,34 +54,49 @@ def cores_of(
 def _gram_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> Callable[[], list[Core]]:
     # All projections go through each step together, and what is one number per sample is reckoned on the host: a model has hundreds
     # of projections, and launches of small kernels would be the whole bill.
-    rights = torch.stack([_gram(delta, precision) for delta in deltas])
-    live = (rights.diagonal(dim1=-2, dim2=-1) != 0).any(0)
-    # Rows that no projection uses (padding, the last token) may hold anything; they must not even be multiplied by zero.
-    left = torch.where(live.unsqueeze(-1) & live.unsqueeze(-2), _gram(x, precision), 0.0)
-    # The Frobenius norm of a Gram matrix bounds its largest eigenvalue from above, and closely.
-    arriving = _to_host(
-        torch.linalg.matrix_norm(left),
-        torch.linalg.matrix_norm(rights),
-        (left * rights).sum((-2, -1), dtype=torch.float64),
-    )
+    grams = [_gram(delta, precision) for delta in deltas]
+    rights = torch.stack(grams) if len(grams) > 1 else grams[0].unsqueeze(0)
+    left = _gram(x, precision)
+    arriving = _to_host(_mask(left, rights))
+    eps = torch.finfo(_work_dtype(precision)).eps
 
     def finish() -> list[Core]:
-        left_norm, right_norm, squares = arriving()
-        size = left_norm * right_norm
+        (squares,) = arriving()
+        # The Frobenius norm of a Gram matrix bounds its largest eigenvalue from above, and closely.
+        left_norm, right_norm = np.sqrt(squares[:, 0, 0]), np.sqrt(squares[:, :, 1])
+        size = left_norm[:, None] * right_norm
         left_ok = _in_range(left_norm, precision)
-        ok = left_ok & _in_range(right_norm, precision) & _in_range(size, precision)
+        ok = left_ok[:, None] & _in_range(right_norm, precision) & _in_range(size, precision)
         if not ok.all():
-            rights[(~ok).to(rights.device)] = 0.0
-            left[(~left_ok).to(left.device)] = 0.0
-        scale, eps = _power_of_two(size.sqrt(), ok), torch.finfo(_work_dtype(precision)).eps
-        frobenius, floor = (n.clamp_min(0).sqrt().masked_fill(~ok, torch.nan) for n in (squares, eps * size))
+            rights[torch.from_numpy(~ok.T).to(rights.device)] = 0.0
+            left[torch.from_numpy(~left_ok).to(left.device)] = 0.0
+        numbers = (_power_of_two(np.sqrt(size), ok), np.sqrt(squares[:, :, 2].clip(min=0)), np.sqrt(eps * size))
         route = f"{precision}: {left.shape[-1]}x{left.shape[-1]} Gram"
+        per_projection = (torch.from_numpy(np.where(ok, number, np.nan).T).unbind() for number in numbers)
         return [
-            Core(right, left, True, *numbers, _work_dtype(precision), route)
-            for right, *numbers in zip(rights, scale, frobenius, floor, strict=True)
+            Core(right, left, True, scale, frobenius, floor, _work_dtype(precision), route)
+            for right, scale, frobenius, floor in zip(rights.unbind(), *per_projection, strict=True)
         ]
 
-    return finish
+    return _quietly(finish)
+
+
+def _mask(left: Float[Tensor, "N n n"], rights: Float[Tensor, "P N n n"]) -> Float[Tensor, "N P 3"]:
+    """Clear the rows and columns of `left` that no projection uses, and sum the squares of each matrix and their products with it.
+
+    Rows that no projection uses (padding, the last token) may hold anything; they must not even be multiplied by zero.
+
+    Returns:
+        Squares of the left matrix, of the right one, and products of the two, float64.
+    """
+    if uses_kernels(left):
+        from selector.spectra.gram_kernels import mask_and_sum
+
+        return mask_and_sum(left, rights)
+    dead = (rights.diagonal(dim1=-2, dim2=-1) == 0).all(0)
+    left.masked_fill_(dead.unsqueeze(-1) | dead.unsqueeze(-2), 0.0)
+    sums = [(a * b).sum((-2, -1), dtype=torch.float64) for a, b in ((left, left), (rights, rights), (left, rights))]
+    return torch.stack([each.expand(rights.shape[:2]).T for each in sums], dim=-1)
 
 
 def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> Callable[[], list[Core]]:
@@ -100,13 +117,13 @@ def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> Call
     def finish() -> list[Core]:
         cores = []
         for matrix, size, frobenius in zip(matrices, *arriving(), strict=True):
-            scale = torch.ones_like(size).masked_fill(~size.isfinite(), torch.nan)
-            floor = torch.finfo(torch.float64).eps * size * scale
+            scale = np.where(np.isfinite(size), 1.0, np.nan)
+            numbers = (scale, frobenius * scale, torch.finfo(torch.float64).eps * size * scale)
             route = f"{precision}: {matrix.shape[-1]}x{matrix.shape[-1]} triangular factors"
-            cores.append(Core(matrix, None, False, scale, frobenius * scale, floor, torch.float64, route))
+            cores.append(Core(matrix, None, False, *map(torch.from_numpy, numbers), torch.float64, route))
         return cores
 
-    return finish
+    return _quietly(finish)
 
 
 def _triangle(matrices: Tensor) -> Tensor:
@@ -134,14 +151,13 @@ def _gradient_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> Call
         cores = []
         for matrix, norm in zip(matrices, norms, strict=True):
             ok = _in_range(norm, precision)
-            scale = _power_of_two(norm, ok) if squared else torch.ones_like(norm).masked_fill(~ok, torch.nan)
-            frobenius = norm.masked_fill(~ok, torch.nan)
-            floor = (eps**0.5 if squared else eps) * frobenius
+            scale = _power_of_two(norm, ok) if squared else np.ones_like(norm)
+            numbers = (np.where(ok, n, np.nan) for n in (scale, norm, (eps**0.5 if squared else eps) * norm))
             route = f"{precision}: {matrix.shape[-2]}x{matrix.shape[-2]} " + ("Gram of G" if squared else "G")
-            cores.append(Core(matrix, None, squared, scale, frobenius, floor, _work_dtype(precision), route))
+            cores.append(Core(matrix, None, squared, *map(torch.from_numpy, numbers), _work_dtype(precision), route))
         return cores
 
-    return finish
+    return _quietly(finish)
 
 
 def _work_dtype(precision: str) -> torch.dtype:
@@ -160,35 +176,42 @@ def _gram(values: Tensor, precision: str) -> Tensor:
     return matmul(operand, operand.mT)
 
 
-def _to_host(*numbers: Tensor) -> Callable[[], list[Tensor]]:
+def _to_host(*numbers: Tensor) -> Callable[[], list[np.ndarray]]:
     """Tensors on the CPU in float64, in one transfer that is waited for when the result is called."""
-    joined = torch.cat([tensor.flatten().double() for tensor in numbers])
+    joined = torch.cat([tensor.flatten().double() for tensor in numbers]) if len(numbers) > 1 else numbers[0].double()
     shapes = [tensor.shape for tensor in numbers]
-    host, arrived = joined, None
+    arrived = None
+    host = joined.detach().to("cpu", non_blocking=joined.is_cuda)
     if joined.is_cuda:
-        host = joined.to("cpu", non_blocking=True)
         arrived = torch.cuda.current_stream(joined.device).record_event()
-    elif joined.device.type != "cpu":
-        host = joined.cpu()
 
-    def wait() -> list[Tensor]:
+    def wait() -> list[np.ndarray]:
         if arrived is not None:
             arrived.synchronize()
-        parts = host.split([shape.numel() for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        parts = host.flatten().split([shape.numel() for shape in shapes])
+        return [part.view(shape).numpy() for part, shape in zip(parts, shapes, strict=True)]
 
     return wait
 
 
-def _in_range(size: Tensor, precision: str) -> Tensor:
+def _quietly(function: Callable[[], list[Core]]) -> Callable[[], list[Core]]:
+    """The function without warnings about numbers that are not finite, which end as NaN where they should."""
+
+    def without_warnings() -> list[Core]:
+        with np.errstate(all="ignore"):
+            return function()
+
+    return without_warnings
+
+
+def _in_range(size: Tensor | np.ndarray, precision: str) -> Any:
     low, high = IN_RANGE if precision == "fast" else (0.0, torch.finfo(torch.float64).max)
     return (size >= low) & (size <= high)
 
 
-def _power_of_two(size: Tensor, ok: Tensor) -> Tensor:
-    """The power of two next above a size, by which numbers are divided without rounding; 1 for zeros, NaN where not ok."""
-    power = torch.where(size > 0, size / torch.frexp(size).mantissa, 1.0)
-    return power.masked_fill(~ok, torch.nan)
+def _power_of_two(size: np.ndarray, ok: np.ndarray) -> np.ndarray:
+    """The power of two next above a size, by which numbers are divided without rounding; 1 for zeros, and where not ok."""
+    return np.ldexp(1.0, np.frexp(np.where(ok & (size > 0), size, 0.5))[1])
 
 
 def _finite(matrices: Tensor, norms: Tensor) -> Tensor:
