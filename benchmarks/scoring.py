@@ -8,9 +8,10 @@ Each number of processes is one launch by torchrun, which runs all parts. Sample
 prompts and completions have log-normal numbers of tokens (medians 17 and 54, deviations 0.46 and 1.28 of the logarithm, at
 most 1,000), as the 21,200 rows of the Alpaca union have, and random tokens.
 
-    speed        samples/s end to end, tokenizing and writing included, and where the time went, read from the store's own
-                 ledger; large shapes also under FSDP2. One process also trains (forward, backward, AdamW) on the same samples
-                 in the scorer's batches, or half as large ones where it needs more memory.
+    speed        samples/s end to end, tokenizing and writing included, after a quarter of the samples was scored to compile
+                 kernels, and where the time went, read from the store's own ledger; large shapes also under FSDP2. One process
+                 also trains (forward, backward, AdamW) on the same samples in the scorer's batches, or smaller ones where it
+                 needs more memory.
     long         one sequence of 32k tokens through the 7B shape with checkpointing, one process
     invariance   features of the same samples across batch sizes, padding, processes and sharding, in float32
 """
@@ -50,8 +51,8 @@ from selector.types import MEASURES
 
 SHARDED = ("tiny", "7b")
 """Shapes that are also scored under FSDP2."""
-WARM_UP, WARM_UP_TOKENS = 128, 2048
-"""Samples and tokens per batch before the clock starts: many lengths, so that kernels of all sizes are compiled."""
+WARM_UP = 4
+"""Every so many samples are scored before the clock starts, in batches as large, so that kernels of all sizes are compiled."""
 
 
 def part_speed(arguments: argparse.Namespace, out: Path) -> dict:
@@ -76,11 +77,9 @@ def speed(shape: str, mode: str, arguments: argparse.Namespace, out: Path) -> di
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     data = build_data(arguments.samples, arguments.data)
     stem = f"{shape} {mode} {state.num_processes}"
-    by_length = np.argsort([len(row["prompt"]) + len(row["completion"]) for row in data], kind="stable")
-    some = by_length[np.unique(np.linspace(0, len(data) - 1, WARM_UP).astype(int))]
-    score_dataset(
-        model, tokenizer, data.select(some), out / f"warm {stem}", ScoreConfig(tokens_per_batch=WARM_UP_TOKENS)
-    )
+    started = time.perf_counter()
+    score_dataset(model, tokenizer, data.select(range(0, len(data), WARM_UP)), out / f"warm {stem}")
+    warming = time.perf_counter() - started
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     synchronize(device)
@@ -93,6 +92,7 @@ def speed(shape: str, mode: str, arguments: argparse.Namespace, out: Path) -> di
     phases = {name: float(np.mean(spent)) for name, spent in entry["phases"].items()}
     report = {
         "processes": state.num_processes, "samples": entry["samples"], "tokens": entry["tokens"], "seconds": seconds,
+        "seconds warming up": warming,
         "seconds measuring": entry["seconds"], "samples/s": entry["samples"] / seconds, "tokens/s": entry["tokens"] / seconds,
         "samples/s measuring": entry["samples"] / entry["seconds"], "seconds by phase": phases,
         "idle share": [spent / entry["seconds"] for spent in entry["phases"]["waiting"]],

@@ -71,17 +71,14 @@ class Layout:
         parts += [f"source = {self.source_column!r}"] if self.source_column else []
         return f"{self.format}: " + ", ".join(parts) + f"; loss = {self.loss}"
 
-    def rows(self, dataset: datasets.Dataset, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    def rows(self, dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
         """Contents by role, row after row.
 
         Args:
             dataset: the data set.
-            limit: read only the first so many rows.
         """
         names = list(self.columns.values())
-        part = dataset.select_columns(list(dict.fromkeys(names)))
-        part = part.select(range(min(limit, len(part)))) if limit is not None else part
-        for row in part:
+        for row in dataset.select_columns(list(dict.fromkeys(names))):
             assert isinstance(row, Mapping)
             yield {role: row[column] for role, column in self.columns.items()}
 

@@ -87,14 +87,15 @@ class Encoder:
     loss: LossName = "response"
 
     def encode(
-        self, rows: Iterable[Mapping[str, Any]], ids: Sequence[str], sources: Sequence[str | None]
+        self, rows: Iterable[Mapping[str, Any]], ids: Sequence[str], sources: Sequence[str | None], first: int = 0
     ) -> Iterator[Sample]:
         """Encode row after row.
 
         Args:
             rows: contents by role, as `Layout.rows` gives them.
-            ids: sample id of each row.
-            sources: source of each row.
+            ids: sample id of each row of the data set.
+            sources: source of each row of the data set.
+            first: position of the first of these rows in the data set.
 
         Returns:
             One sample per row, in order; a row that cannot be encoded has a status that says why.
@@ -102,7 +103,7 @@ class Encoder:
         writer = Writer(self.tokenizer, end_empty=self.loss in ("dpo", "policy-gradient"))
         waiting: list[_Row] = []
         characters = 0
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows, first):
             entry = _Row(ids[number], number, sources[number])
             try:
                 entry.exchanges = exchanges(row, self.loss)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ from selector.runtime import versions
 from selector.scorer.attention import joining_problems
 from selector.scorer.checks import patched_modules
 from selector.scorer.models import model_fingerprint, tokenizer_fingerprint
+from selector.scorer.processes import divided
 from selector.scorer.sharding import is_sharded, wants_sharding
 from selector.store import lineage
 from selector.store.schema import Manifest
@@ -58,6 +60,7 @@ def plan(
     dataset: datasets.Dataset,
     config: ScoreConfig,
     reference: nn.Module | None = None,
+    state: PartialState | None = None,
 ) -> Plan:
     """Encode the data set and check everything that can be checked without running the model.
 
@@ -67,6 +70,7 @@ def plan(
         dataset: rows in a fixed order.
         config: settings of the run.
         reference: the DPO loss's reference model; the model itself when None and the data set has none of its numbers.
+        state: place of this process among those that plan the same and share the tokenizing; it is alone when None.
 
     Raises:
         SelectorError: whatever is wrong with layers, columns or samples; all problems at once.
@@ -116,8 +120,12 @@ def plan(
     )
     encoder = Encoder(tokenizer, max_length, config.truncation, layout.loss)
     count = min(config.limit or len(dataset), len(dataset))
-    encoded = encoder.encode(layout.rows(dataset, config.limit), ids, sources)
-    samples = tuple(tqdm(encoded, "tokenizing", count, leave=False, disable=None))
+
+    def encode(rows: range) -> list[Sample]:
+        encoded = encoder.encode(layout.rows(dataset.select(rows)), ids, sources, rows.start)
+        return list(tqdm(encoded, "tokenizing", len(rows), leave=False, disable=None))
+
+    samples = tuple(encode(range(count)) if state is None else divided(encode, count, state))
     problems += _problems_of_samples(samples, max_length, layout, config)
     raise_all(problems)
     rows = tuple(f"{digest} {i}" for digest, i in zip(hashes, ids, strict=True)) if layout.id_column else tuple(hashes)

@@ -1,14 +1,14 @@
 """What the processes of one run have to agree on: who writes, what is finished, and whether anybody has failed.
 
 Plain data parallelism needs no wrapper around the model: every process holds it whole, works through its own share and
-waits for nobody. They meet three times, at the start, before the first write and at the end. A process that fails brings
-its error to the next meeting instead of leaving the others waiting for it.
+waits for nobody. They meet at the start, where they also divide the tokenizing, before the first write and at the end. A
+process that fails brings its error to the next meeting instead of leaving the others waiting for it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,9 @@ from selector.store.schema import Manifest
 
 PATIENCE = timedelta(days=7)
 """How long a process that has finished its share waits for the others; launchers end all processes when one dies."""
+
+ITEMS_TOGETHER = 131_072
+"""Items whose results the processes send each other at a time; on GPUs these pass through their memory."""
 
 T = TypeVar("T")
 
@@ -110,6 +113,32 @@ def of_each(value: T, state: PartialState) -> list[T]:
         state: place of this process.
     """
     return gather_object([value]) if state.num_processes > 1 else [value]
+
+
+def divided(work: Callable[[range], list[T]], count: int, state: PartialState) -> list[T]:
+    """What work on many items gives, each process having done a part of it, on every process.
+
+    Args:
+        work: from positions of items to one result for each, in order.
+        count: number of items.
+        state: place of this process.
+
+    Raises:
+        SelectorError: as `together`.
+    """
+    if state.num_processes == 1:
+        return work(range(count))
+    done: list[T] = []
+    for start in range(0, count, ITEMS_TOGETHER):
+        items = range(start, min(start + ITEMS_TOGETHER, count))
+        begin, end = (
+            len(items) * rank // state.num_processes for rank in (state.process_index, state.process_index + 1)
+        )
+        with together(state):
+            mine = work(items[begin:end])
+        for part in of_each(mine, state):
+            done += part
+    return done
 
 
 def on_every_file_system(state: PartialState) -> Iterator[bool]:

@@ -1,6 +1,6 @@
 """Score a data set: check everything, then measure what is not measured yet, shard by shard.
 
-Every process encodes the data set and computes the same plan; each then works through its own share without waiting for
+The processes divide the tokenizing and compute the same plan; each then works through its own share without waiting for
 the others. Nothing is written before all checks have passed. Whatever kills a run, the shards that it has renamed are
 whole, and the same call finishes the rest, on any number of processes.
 """
@@ -158,7 +158,7 @@ def _begin(
     """Plan, shard the model where that is asked for, and find out what the store already holds."""
     state = process_state()
     with together(state):
-        work = plan(model, tokenizer, dataset, config, reference)
+        work = plan(model, tokenizer, dataset, config, reference, state)
     logger.info("data set: %d samples; %s", len(work.samples), work.layout.describe())
     if work.layout.loss == "dpo" and not set(REFERENCE) & set(work.layout.columns):
         logger.info(

@@ -119,8 +119,8 @@ def _solve_chunk(cores: list[Core], shape: torch.Size) -> list[Tensor]:
     else:
         squares = _Squares(cores, matrices, scale)
         values = root_eigenvalues(squares().to(cores[0].dtype)).double()
-        noisy = _is_noisy(values).nonzero().flatten() if cores[0].dtype == torch.float32 else []
-        if len(noisy):
+        noisy = _is_noisy(values).nonzero().flatten() if cores[0].dtype == torch.float32 else None
+        if noisy is not None and len(noisy):
             values[noisy] = _solve_noisy(squares(noisy))
     spectra = values.double() * scale.unsqueeze(-1)
     return [part[:, : core.matrix.shape[-2]] for part, core in zip(spectra.split(lengths), cores, strict=True)]

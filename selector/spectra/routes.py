@@ -118,9 +118,9 @@ def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> Call
         cores = []
         for matrix, size, frobenius in zip(matrices, *arriving(), strict=True):
             scale = np.where(np.isfinite(size), 1.0, np.nan)
-            numbers = (scale, frobenius * scale, torch.finfo(torch.float64).eps * size * scale)
+            numbers = _numbers(scale, frobenius * scale, torch.finfo(torch.float64).eps * size * scale)
             route = f"{precision}: {matrix.shape[-1]}x{matrix.shape[-1]} triangular factors"
-            cores.append(Core(matrix, None, False, *map(torch.from_numpy, numbers), torch.float64, route))
+            cores.append(Core(matrix, None, False, *numbers, torch.float64, route))
         return cores
 
     return _quietly(finish)
@@ -152,9 +152,10 @@ def _gradient_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> Call
         for matrix, norm in zip(matrices, norms, strict=True):
             ok = _in_range(norm, precision)
             scale = _power_of_two(norm, ok) if squared else np.ones_like(norm)
-            numbers = (np.where(ok, n, np.nan) for n in (scale, norm, (eps**0.5 if squared else eps) * norm))
+            scale, norm = np.where(ok, scale, np.nan), np.where(ok, norm, np.nan)
+            numbers = _numbers(scale, norm, (eps**0.5 if squared else eps) * norm)
             route = f"{precision}: {matrix.shape[-2]}x{matrix.shape[-2]} " + ("Gram of G" if squared else "G")
-            cores.append(Core(matrix, None, squared, *map(torch.from_numpy, numbers), _work_dtype(precision), route))
+            cores.append(Core(matrix, None, squared, *numbers, _work_dtype(precision), route))
         return cores
 
     return _quietly(finish)
@@ -178,7 +179,7 @@ def _gram(values: Tensor, precision: str) -> Tensor:
 
 def _to_host(*numbers: Tensor) -> Callable[[], list[np.ndarray]]:
     """Tensors on the CPU in float64, in one transfer that is waited for when the result is called."""
-    joined = torch.cat([tensor.flatten().double() for tensor in numbers]) if len(numbers) > 1 else numbers[0].double()
+    joined = torch.cat([tensor.flatten().double() for tensor in numbers])
     shapes = [tensor.shape for tensor in numbers]
     arrived = None
     host = joined.detach().to("cpu", non_blocking=joined.is_cuda)
@@ -188,10 +189,15 @@ def _to_host(*numbers: Tensor) -> Callable[[], list[np.ndarray]]:
     def wait() -> list[np.ndarray]:
         if arrived is not None:
             arrived.synchronize()
-        parts = host.flatten().split([shape.numel() for shape in shapes])
+        parts = host.split([shape.numel() for shape in shapes])
         return [part.view(shape).numpy() for part, shape in zip(parts, shapes, strict=True)]
 
     return wait
+
+
+def _numbers(scale: np.ndarray, frobenius: np.ndarray, floor: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """What a core keeps of each sample."""
+    return torch.from_numpy(scale), torch.from_numpy(frobenius), torch.from_numpy(floor)
 
 
 def _quietly(function: Callable[[], list[Core]]) -> Callable[[], list[Core]]:
