@@ -43,8 +43,9 @@ Precision = Literal["fast", "high", "reference", "auto"]
 
 ESCALATE = 0.1
 """`auto` solves a matrix again when its floor exceeds this share of ‖G‖_F / sqrt(R)."""
-OVERWRITTEN = 1e-2
-"""Share of ‖G‖² by which two reductions of the same factors may differ, beside their rounding; it stays a hundred times below."""
+OVERWRITTEN = 1e-2, 100.0
+"""How far ‖G‖² of two reductions of the same factors may differ: a share of it, and multiples of the squared floor, of which
+rounding alone made a fifth."""
 
 
 def singular_values(
@@ -160,10 +161,10 @@ class _Factors:
             core: what fast has made of all of them.
         """
         (better,) = cores_of(self.x[samples], [self.deltas[projection][samples]], "high")()
-        # A kernel that writes past torch leaves the counts alone, but not the norms; floor² is eps32 ‖x‖ ‖delta‖, the rounding of ‖G‖².
+        # A kernel that writes past torch leaves the counts alone, but not the norms.
         chosen = samples.to(core.floor.device)
         before, after = core.frobenius[chosen].square(), better.frobenius.square()
-        moved = (after - before).abs() > OVERWRITTEN * (after + core.floor[chosen].square())
+        moved = (after - before).abs() > OVERWRITTEN[0] * after + OVERWRITTEN[1] * core.floor[chosen].square()
         if self._count() != self._versions or moved.any():
             raise SelectorError(
                 "a layer's inputs or output gradients were overwritten before they could be measured",
