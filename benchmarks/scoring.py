@@ -8,7 +8,7 @@ Each number of processes is one launch by torchrun, which runs all parts. Sample
 prompts and completions have log-normal numbers of tokens (medians 17 and 54, deviations 0.46 and 1.28 of the logarithm, at
 most 1,000), as the 21,200 rows of the Alpaca union have, and random tokens.
 
-    speed        samples/s end to end, tokenizing and writing included, after a quarter of the samples was scored to compile
+    speed        samples/s end to end, tokenizing and writing included, after half of the samples were scored to compile
                  kernels, and where the time went, read from the store's own ledger; large shapes also under FSDP2. One process
                  also trains (forward, backward, AdamW) on the same samples in the scorer's batches, or smaller ones where it
                  needs more memory.
@@ -51,8 +51,8 @@ from selector.types import MEASURES
 
 SHARDED = ("tiny", "7b")
 """Shapes that are also scored under FSDP2."""
-WARM_UP = 4
-"""Every so many samples are scored before the clock starts, in batches as large, so that kernels of all sizes are compiled."""
+WARM_UP = 2
+"""Every second sample is scored before the clock starts, in batches as large, so that kernels of all sizes are compiled."""
 
 
 def part_speed(arguments: argparse.Namespace, out: Path) -> dict:

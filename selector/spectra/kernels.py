@@ -330,9 +330,9 @@ def tridiagonalize(matrices: Float[Tensor, "N n n"]) -> tuple[Float[Tensor, "N n
     # What one program takes: registers allow four at a time in float32 and two in float64, if shared memory has room for its blocks.
     resident = min(4 if single else 2, device.shared_memory_per_multiprocessor // ((36 if single else 70) << 10))
     slots = max(resident, 1) * device.multi_processor_count
-    group = 1
-    while batch * group * 2 <= slots and group * 2 <= min(64, blocks * (blocks + 1) // 4):
-        group *= 2
+    group = 1  # 4, 16 or 64 where programs would idle: each version of the kernel takes seconds to compile
+    while batch * group * 2 <= slots and group * 4 <= min(64, blocks * (blocks + 1) // 4):
+        group *= 4
     groups = batch if group == 1 else min(batch, slots // group)
     panel = 8 if n <= 1024 else 16
     padded_blocks = power_of_two(blocks)
