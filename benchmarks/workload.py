@@ -159,7 +159,8 @@ def train(
                 report["seconds training"] = epoch(batches, True)
             return report | {"seconds forward and backward": epoch(batches, False)}
         except torch.OutOfMemoryError:
-            tokens_per_batch = tokens_per_batch * 9 // 10  # in small steps: training shall have the largest batches that fit
+            # in small steps: training shall have the largest batches that fit
+            tokens_per_batch = tokens_per_batch * 9 // 10
         optimizer.zero_grad(set_to_none=True)
         free()
 

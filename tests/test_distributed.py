@@ -38,6 +38,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from selector import ScoreConfig, score_dataset
 from selector.assets import POOL, TINY_MODEL
+from selector.data.samples import Encoder
 from selector.errors import SelectorError
 from selector.scorer.features import FeatureExtractor
 from selector.scorer.processes import process_state
@@ -76,6 +77,23 @@ except Exception as error:
     message = f"{type(error).__name__}: {error}"
 FeatureExtractor.__call__ = original
 (folder / f"message{rank}.json").write_text(json.dumps(message))
+
+# one process fails while it tokenizes its part
+tokenize = Encoder.encode
+
+def refusing(self, rows, ids, sources, first=0):
+    if first > 0:
+        raise RuntimeError("the tokenizer choked")
+    return tokenize(self, rows, ids, sources, first)
+
+Encoder.encode = refusing
+try:
+    score_dataset(model, tokenizer, data, folder / "choking", config)
+    message = "no failure"
+except Exception as error:
+    message = f"{type(error).__name__}: {error}"
+Encoder.encode = tokenize
+(folder / f"choked{rank}.json").write_text(json.dumps(message))
 
 # a sharded model: one rank has fewer batches than the other, and both must run it equally often
 mesh = init_device_mesh("cpu", (2,))
@@ -179,6 +197,13 @@ def test_failure_of_one_process_is_told_by_all_and_loses_no_finished_shard(folde
     )
     assert_equal(finished, alone)
     assert finished.manifest.cost[-1]["samples"] == ROWS - done
+
+
+def test_failure_of_one_process_in_its_part_of_the_tokenizing_is_told_by_all(folder):
+    messages = [json.loads((folder / f"choked{rank}.json").read_text()) for rank in range(2)]
+    assert messages[0].startswith("SelectorError: process 1 of 2 has failed")
+    assert messages[1] == "RuntimeError: the tokenizer choked"
+    assert not (folder / "choking").exists()
 
 
 def by_torchrun(node: int, processes: int, port: int) -> list[str]:

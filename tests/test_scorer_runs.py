@@ -246,6 +246,18 @@ def test_gradient_of_a_token_that_the_model_is_sure_of_is_more_than_rounding(sma
     torch.testing.assert_close(found.grad.double(), exact.grad, rtol=1e-5, atol=1e-20)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_attention_by_cudnn_is_off_for_the_time_of_a_run(small_llama, before):
+    said = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    try:
+        with FeatureExtractor(small_llama, find_targets(small_llama), "high").attached():
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(said)
+
+
 # what it says --------------------------------------------------------------------------------------------------------
 
 
