@@ -69,14 +69,17 @@ def failing(self, batch):
         raise RuntimeError("the device fell off the bus")
     return original(self, batch)
 
+def note_failure(store):
+    try:
+        score_dataset(model, tokenizer, data, folder / store, config)
+        message = "no failure"
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    (folder / f"{store}{rank}.json").write_text(json.dumps(message))
+
 FeatureExtractor.__call__ = failing
-try:
-    score_dataset(model, tokenizer, data, folder / "failing", config)
-    message = "no failure"
-except Exception as error:
-    message = f"{type(error).__name__}: {error}"
+note_failure("failing")
 FeatureExtractor.__call__ = original
-(folder / f"message{rank}.json").write_text(json.dumps(message))
 
 # one process fails while it tokenizes its part
 tokenize = Encoder.encode
@@ -87,13 +90,8 @@ def refusing(self, rows, ids, sources, first=0):
     return tokenize(self, rows, ids, sources, first)
 
 Encoder.encode = refusing
-try:
-    score_dataset(model, tokenizer, data, folder / "choking", config)
-    message = "no failure"
-except Exception as error:
-    message = f"{type(error).__name__}: {error}"
+note_failure("choking")
 Encoder.encode = tokenize
-(folder / f"choked{rank}.json").write_text(json.dumps(message))
 
 # a sharded model: one rank has fewer batches than the other, and both must run it equally often
 mesh = init_device_mesh("cpu", (2,))
@@ -181,7 +179,7 @@ def test_nodes_without_a_shared_file_system_keep_parts_that_merge(folder, alone,
 
 
 def test_failure_of_one_process_is_told_by_all_and_loses_no_finished_shard(folder, alone, tokenizer, pool):
-    messages = [json.loads((folder / f"message{rank}.json").read_text()) for rank in range(2)]
+    messages = [json.loads((folder / f"failing{rank}.json").read_text()) for rank in range(2)]
     assert messages[0].startswith("SelectorError: process 1 of 2 has failed")
     assert "fell off the bus" in messages[0]
     assert messages[1] == "RuntimeError: the device fell off the bus"
@@ -200,7 +198,7 @@ def test_failure_of_one_process_is_told_by_all_and_loses_no_finished_shard(folde
 
 
 def test_failure_of_one_process_in_its_part_of_the_tokenizing_is_told_by_all(folder):
-    messages = [json.loads((folder / f"choked{rank}.json").read_text()) for rank in range(2)]
+    messages = [json.loads((folder / f"choking{rank}.json").read_text()) for rank in range(2)]
     assert messages[0].startswith("SelectorError: process 1 of 2 has failed")
     assert messages[1] == "RuntimeError: the tokenizer choked"
     assert not (folder / "choking").exists()

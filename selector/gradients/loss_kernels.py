@@ -35,15 +35,15 @@ def _weigh(logits_ptr, row_ptr, token_ptr, largest_ptr, own_ptr, others_ptr, wid
 
 
 @kernel
-def _spread(logits_ptr, row_ptr, token_ptr, largest_ptr, rest_ptr, factor_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _spread(logits_ptr, row_ptr, token_ptr, largest_ptr, others_ptr, factor_ptr, out_ptr, width, BLOCK: tl.constexpr):
     p = tl.program_id(0)
     row = tl.load(row_ptr + p) * width
     token = tl.load(token_ptr + p)
-    largest, rest, factor = tl.load(largest_ptr + p), tl.load(rest_ptr + p), tl.load(factor_ptr + p)
+    largest, others, factor = tl.load(largest_ptr + p), tl.load(others_ptr + p), tl.load(factor_ptr + p)
     for start in range(0, width, BLOCK):
         j = start + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + row + j, mask=j < width, other=0.0).to(largest.dtype)
-        weight = tl.where(j == token, -rest, tl.exp(x - largest))
+        weight = tl.where(j == token, -others, tl.exp(x - largest))
         tl.store(out_ptr + row + j, (weight * factor).to(out_ptr.dtype.element_ty), mask=j < width)
 
 

@@ -60,6 +60,7 @@ def _gram_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> Callable
     arriving = _to_host(_mask(left, rights))
     eps = torch.finfo(_work_dtype(precision)).eps
 
+    @np.errstate(all="ignore")  # what is not finite ends as NaN, where it should
     def finish() -> list[Core]:
         (squares,) = arriving()
         # The Frobenius norm of a Gram matrix bounds its largest eigenvalue from above, and closely.
@@ -78,7 +79,7 @@ def _gram_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> Callable
             for right, scale, frobenius, floor in zip(rights.unbind(), *per_projection, strict=True)
         ]
 
-    return _quietly(finish)
+    return finish
 
 
 def _mask(left: Float[Tensor, "N n n"], rights: Float[Tensor, "P N n n"]) -> Float[Tensor, "N P 3"]:
@@ -114,6 +115,7 @@ def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> Call
     sizes = torch.stack(norms) * x_norm
     arriving = _to_host(sizes, torch.stack([torch.linalg.matrix_norm(matrix) for matrix in matrices]))
 
+    @np.errstate(all="ignore")  # what is not finite ends as NaN, where it should
     def finish() -> list[Core]:
         cores = []
         for matrix, size, frobenius in zip(matrices, *arriving(), strict=True):
@@ -123,7 +125,7 @@ def _triangle_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> Call
             cores.append(Core(matrix, None, False, *numbers, torch.float64, route))
         return cores
 
-    return _quietly(finish)
+    return finish
 
 
 def _triangle(matrices: Tensor) -> Tensor:
@@ -146,6 +148,7 @@ def _gradient_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> Call
     arriving = _to_host(torch.stack(norms))
     eps = torch.finfo(_work_dtype(precision)).eps
 
+    @np.errstate(all="ignore")  # what is not finite ends as NaN, where it should
     def finish() -> list[Core]:
         (norms,) = arriving()
         cores = []
@@ -158,7 +161,7 @@ def _gradient_cores(x: Tensor, deltas: Sequence[Tensor], precision: str) -> Call
             cores.append(Core(matrix, None, squared, *numbers, _work_dtype(precision), route))
         return cores
 
-    return _quietly(finish)
+    return finish
 
 
 def _work_dtype(precision: str) -> torch.dtype:
@@ -198,16 +201,6 @@ def _to_host(*numbers: Tensor) -> Callable[[], list[np.ndarray]]:
 def _numbers(scale: np.ndarray, frobenius: np.ndarray, floor: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """What a core keeps of each sample."""
     return torch.from_numpy(scale), torch.from_numpy(frobenius), torch.from_numpy(floor)
-
-
-def _quietly(function: Callable[[], list[Core]]) -> Callable[[], list[Core]]:
-    """The function without warnings about numbers that are not finite, which end as NaN where they should."""
-
-    def without_warnings() -> list[Core]:
-        with np.errstate(all="ignore"):
-            return function()
-
-    return without_warnings
 
 
 def _in_range(size: Tensor | np.ndarray, precision: str) -> Any:
