@@ -25,6 +25,9 @@ class Format:
     """Losses that its samples can have, the automatic one first."""
 
 
+ROWS_TOGETHER = 256
+"""Rows that are read from the data set at a time."""
+
 CHAT = ("tools", "chat_template_kwargs")
 REFERENCE = ("reference_chosen", "reference_rejected")
 
@@ -78,9 +81,11 @@ class Layout:
             dataset: the data set.
         """
         names = list(self.columns.values())
-        for row in dataset.select_columns(list(dict.fromkeys(names))):
-            assert isinstance(row, Mapping)
-            yield {role: row[column] for role, column in self.columns.items()}
+        # one row at a time would take ten times as long to read
+        for batch in dataset.select_columns(list(dict.fromkeys(names))).iter(batch_size=ROWS_TOGETHER):
+            assert isinstance(batch, Mapping)
+            for values in zip(*(batch[column] for column in names), strict=True):
+                yield dict(zip(self.columns, values, strict=True))
 
 
 def without_failure(loss: LossName) -> tuple[str, ...]:

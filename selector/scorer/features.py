@@ -24,7 +24,7 @@ from selector.gradients.capture import GradientCapture, LayerFactors, gradients_
 from selector.gradients.experts import ExpertRows
 from selector.gradients.losses import RESPONSE, LossSettings, predicting_columns, reference_log_probs, sample_losses
 from selector.gradients.targets import Target
-from selector.scorer.backends import without_plans
+from selector.scorer.backends import fused_norms, without_plans
 from selector.scorer.clocks import BACKWARD, FACTORS, FORWARD, SCORES, SPECTRA, Clocks
 from selector.scorer.sharding import without_engine
 from selector.spectra import Core, SketchConfig, begin_reduction, measures, sketch, solve
@@ -90,7 +90,8 @@ class FeatureExtractor:
     @contextmanager
     def attached(self) -> Iterator[FeatureExtractor]:
         """Hook the model for the time of the block."""
-        with without_plans(), gradients_of_activations_only(self.model), self._capture, self.scores.attached():
+        kernels = without_plans(), fused_norms(self.model)
+        with kernels[0], kernels[1], gradients_of_activations_only(self.model), self._capture, self.scores.attached():
             yield self
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:

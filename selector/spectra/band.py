@@ -42,7 +42,7 @@ def tridiagonalize_by_band(
     """Reduce symmetric matrices to tridiagonal ones with the same eigenvalues.
 
     Args:
-        matrices: finite, float32 or float64, of magnitude near 1, read on and above the diagonal; destroyed.
+        matrices: finite, symmetric, float32 or float64, of magnitude near 1; destroyed.
         width: half the bandwidth in between, a power of two, of which n is a multiple.
 
     Returns:
@@ -74,7 +74,6 @@ def reduce_to_band(matrices: Float[Tensor, "N n n"], width: int) -> Float[Tensor
         `[N, n, 2 width]`: entry [j, d] is the band matrix's (j, j + d); zeros for d > width, which leave room for bulges.
     """
     batch, n = matrices.shape[:2]
-    _mirror(matrices)
     # The update is one product: [V; Z]ᵀ [Z; V]. Rows are reflectors, so that all kernels run along memory.
     left, right = (matrices.new_empty(batch, 2 * width, n) for _ in range(2))
     triangle = matrices.new_empty(batch, width, width)
@@ -195,16 +194,6 @@ def _form_reflectors(matrices: Tensor, reflectors: Tensor, triangle: Tensor, k: 
         before = triangle[:, first:i, first:i] @ (reflectors[:, first:i, head:] @ v.unsqueeze(2))
         triangle[:, first:i, i] = -tau.unsqueeze(1) * before.squeeze(2)
         triangle[:, i, i] = tau
-
-
-def _mirror(matrices: Tensor, step: int = 512) -> None:
-    """Copy what is above the diagonal below it."""
-    n = matrices.shape[1]
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        block = matrices[:, start:stop, start:stop]
-        block.copy_(block.triu() + block.triu(1).mT)
-        matrices[:, stop:, start:stop] = matrices[:, start:stop, stop:].mT
 
 
 def _pack(matrices: Tensor, width: int) -> Tensor:

@@ -23,8 +23,9 @@ from selector.spectra.deflation import deflate
 from selector.spectra.linalg import congruence, padded_size, root_eigenvalues, semidefinite_factor, uses_kernels
 from selector.spectra.threads import over_batch
 
-MEMORY = 1 << 30
-"""Bytes of work space that `solve` takes on CPU unless told otherwise; on a GPU it takes half of what is free."""
+MEMORY, MEMORY_ON_GPU = 1 << 30, 16 << 30
+"""Bytes of work space that `solve` takes unless told otherwise, on a GPU no more than half of what is free: larger chunks are no faster,
+and the blocks that they leave in torch's allocator would have to go before the model's next pass finds room."""
 NOISE = torch.finfo(torch.float32).eps ** 0.5 / 8
 """Singular values below this share of the largest are what float32 makes of zeros."""
 NOISY = 1e-4
@@ -91,7 +92,7 @@ def _chunks(cores: Sequence[Core], members: list[int], shape: torch.Size, memory
     """Runs of members whose matrices, at six copies in float64 each, fit the work space; at least one member each."""
     matrix = cores[members[0]].matrix
     if memory is None:
-        memory = _free_memory(matrix.device) // 2 if matrix.is_cuda else MEMORY
+        memory = min(_free_memory(matrix.device) // 2, MEMORY_ON_GPU) if matrix.is_cuda else MEMORY
     room = memory // max(6 * 8 * shape.numel(), 1)
     chunk, rows = [], 0
     for i in members:
@@ -118,7 +119,7 @@ def _solve_chunk(cores: list[Core], shape: torch.Size) -> list[Tensor]:
         values = over_batch(torch.linalg.svdvals, matrices)
     else:
         squares = _Squares(cores, matrices, scale)
-        values = root_eigenvalues(squares().to(cores[0].dtype)).double()
+        values = root_eigenvalues(squares(), cores[0].dtype).double()
         noisy = _is_noisy(values).nonzero().flatten() if cores[0].dtype == torch.float32 else None
         if noisy is not None and len(noisy):
             values[noisy] = _solve_noisy(squares(noisy))
@@ -174,7 +175,7 @@ def _solve_noisy(squares: Tensor) -> Tensor:
     upper = squares.triu()
     squares = upper + upper.triu(1).mT
     largest, rest, apart = deflate(squares)
-    roots = root_eigenvalues(rest.float()).double()
+    roots = root_eigenvalues(rest, torch.float32).double()
     again = ~apart | _is_noisy(roots, largest.sqrt().sum(-1))
     # the directions taken out have left as many zeros
     values = torch.cat([largest.sqrt(), roots[:, : n - largest.shape[-1]]], dim=-1).sort(descending=True).values

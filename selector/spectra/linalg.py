@@ -26,27 +26,32 @@ TRACE_TOLERANCE = 1e-2
 """Largest share of the trace by which eigenvalues may miss it; rounding alone stays a hundred times below."""
 
 
-def root_eigenvalues(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n"]:
+def root_eigenvalues(
+    matrices: Float[Tensor, "N n n"], dtype: torch.dtype | None = None
+) -> Float[Tensor, "N n"]:
     """Square roots of the eigenvalues of positive semidefinite matrices.
 
     Args:
-        matrices: finite, float32 or float64, read on and above the diagonal, of a size that `padded_size` leaves as it is; overwritten.
+        matrices: finite, float32 or float64, read on and above the diagonal, of a size that `padded_size` leaves as it is.
+        dtype: float32 or float64, in which to seek them; that of the matrices when None.
 
     Returns:
         Roots, descending, with errors of sqrt(ε) of the largest one; eigenvalues that rounding made negative count as zero.
         NaN for a matrix whose eigenvalues could not be found.
     """
+    dtype = dtype or matrices.dtype
     if not matrices.numel():
-        return matrices.new_zeros(matrices.shape[:2])
+        return matrices.new_zeros(matrices.shape[:2], dtype=dtype)
     if not uses_kernels(matrices):
-        return over_batch(_upper_eigenvalues, matrices).clamp_min(0).sqrt().flip(-1)
+        return over_batch(_upper_eigenvalues, matrices.to(dtype)).clamp_min(0).sqrt().flip(-1)
     from selector.spectra.kernels import bisect_roots
+    from selector.spectra.symmetric_kernels import mirrored
 
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
     largest, trace = diagonal.amax(-1), diagonal.sum(-1)
     scale = torch.where(largest > 0, largest, 1.0)
-    tridiagonal, off_diagonal = _tridiagonalize(matrices.div_(scale[:, None, None]))
-    roots = bisect_roots(tridiagonal, off_diagonal)[:, : matrices.shape[-1]] * scale.sqrt().unsqueeze(-1)
+    tridiagonal, off_diagonal = _tridiagonalize(mirrored(matrices.contiguous(), scale, dtype))
+    roots = bisect_roots(tridiagonal, off_diagonal)[:, : matrices.shape[-1]] * scale.sqrt().to(dtype).unsqueeze(-1)
     # eigenvalues add up to the trace: a kernel that went wrong must not pass unseen
     ok = ((roots.square().sum(-1) - trace).abs() <= TRACE_TOLERANCE * trace) & tridiagonal.isfinite().all(-1)
     return roots.masked_fill(~ok.unsqueeze(-1), torch.nan)
@@ -90,17 +95,17 @@ def congruence(lower: Float[Tensor, "N n n"], symmetric: Float[Tensor, "N n n"])
         symmetric: S, of the same dtype.
 
     Returns:
-        Products; zeros in the blocks below the diagonal.
+        Products; anything in the blocks below the diagonal.
     """
     n = lower.shape[-1]
     step = -(-n // (4 * BLOCK)) * BLOCK if n >= BLOCKS_FROM else n
     blocks = [slice(start, start + step) for start in range(0, n, max(step, 1))]
-    out = torch.zeros_like(symmetric)
+    out = torch.empty_like(symmetric)
     for j in blocks:
         right = symmetric[:, :, j.start :] @ lower[:, j.start :, j]
         for i in blocks:
             if i.start <= j.start:
-                out[:, i, j] = lower[:, i.start :, i].mT @ right[:, i.start :]
+                torch.bmm(lower[:, i.start :, i].mT, right[:, i.start :], out=out[:, i, j])
     return out
 
 
@@ -172,7 +177,7 @@ def padded_size(size: int, like: Tensor) -> int:
 
 
 def _tridiagonalize(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """In registers where a matrix fits, by way of a band where it is large, else in one stage; matrices are destroyed."""
+    """In registers where a matrix fits, by way of a band where it is large, else in one stage; matrices, which are whole, are destroyed."""
     from selector.spectra.kernels import TILE, tridiagonalize
     from selector.spectra.resident import LARGEST, tridiagonalize_resident
 
