@@ -178,9 +178,10 @@ def form_reflectors(matrices: Tensor, reflectors: Tensor, triangle: Tensor, k: i
     batch, n = matrices.shape[:2]
     if not batch:
         return
+    warps = 1 if n < 1024 else 2  # warps of one program wait for each other three times a column
     _form_reflectors[(batch,)](
         matrices, reflectors, triangle, k, first, n, matrices.stride(0), reflectors.stride(0),
-        SMALL=negligible(matrices.dtype), WIDTH=triangle.shape[1], LEAF=last - first, CHUNK=256, num_warps=4,
+        SMALL=negligible(matrices.dtype), WIDTH=triangle.shape[1], LEAF=last - first, CHUNK=128 * warps, num_warps=warps,
     )  # fmt: skip
 
 
@@ -197,7 +198,7 @@ def chase_bulges(band: Tensor) -> None:
     ticket = torch.zeros(1, dtype=torch.int32, device=band.device)
     # Matrices that are chased at a time: as few as keep the chip busy with n / 2 width sweeps of each, so that bands stay in cache.
     processors = torch.cuda.get_device_properties(band.device).multi_processor_count
-    group = min(batch, max(16 * processors * stride // n, 1))
+    group = min(batch, max(24 * processors * stride // n, 1))
     # One warp to a program: what one lane has seen of the counter holds for the others. With more the results were wrong at times.
     _chase_bulges[(batch * (n - 2),)](
         band, progress, ticket, n, batch, group, SMALL=negligible(band.dtype), FINISHED=1 << 30, WIDTH=stride // 2, num_warps=1,

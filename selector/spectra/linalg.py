@@ -77,7 +77,7 @@ def semidefinite_factor(matrices: Float[Tensor, "N n n"]) -> Float[Tensor, "N n 
         if len(failed):
             lower[failed], still = _cholesky(matrices[failed], jitter)
             failed = failed[still]
-    lower.masked_fill_(empty.unsqueeze(-2), 0.0)
+    lower.diagonal(dim1=-2, dim2=-1).masked_fill_(empty, 0.0)
     if len(failed):
         # columns of this root belong to eigenvectors, not to rows of the matrix: only rows may be cleared
         values, vectors = torch.linalg.eigh(matrices[failed].double())
@@ -211,5 +211,6 @@ def _cholesky(matrices: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
     raised = matrices.to(torch.float64, copy=True)
     diagonal = raised.diagonal(dim1=-2, dim2=-1)
     diagonal.copy_(torch.where(diagonal > 0, diagonal * (1 + jitter), 1.0))
-    lower, info = torch.linalg.cholesky_ex(raised)
+    # the library works on columns, and would copy rows to columns first
+    lower, info = torch.linalg.cholesky_ex(raised.mT)
     return lower, info.nonzero().flatten()
