@@ -11,7 +11,7 @@ most 1,000), as the 21,200 rows of the Alpaca union have, and random tokens.
     speed        samples/s end to end, tokenizing and writing included, after half of the samples were scored to compile
                  kernels, and where the time went, read from the store's own ledger; large shapes also under FSDP2. One process
                  also trains (forward, backward, AdamW) on the same samples in the scorer's batches, or smaller ones where it
-                 needs more memory.
+                 needs more memory; for two epochs, since the first one meets shapes that libraries have to plan for.
     long         one sequence of 32k tokens through the 7B shape with checkpointing, one process
     invariance   features of the same samples across batch sizes, padding, processes and sharding, in float32
 """
@@ -102,10 +102,11 @@ def speed(shape: str, mode: str, arguments: argparse.Namespace, out: Path) -> di
     }  # fmt: skip
     if state.num_processes == 1:
         free()
-        report |= train(model, tokenizer, data, entry["tokens_per_batch"], device)
-        for name in ("training", "forward and backward"):
-            if f"seconds {name}" in report:
-                report[f"scoring / {name}"] = seconds / report[f"seconds {name}"]
+        trained = train(model, tokenizer, data, entry["tokens_per_batch"], device)
+        report |= trained
+        for name, spent in trained.items():
+            if name.startswith("seconds "):
+                report[name.replace("seconds", "scoring /", 1)] = seconds / spent
     return report
 
 
@@ -239,7 +240,7 @@ def table(report: dict) -> str:
         ratios = [
             f"{row[key]:.2f} times {key.removeprefix('scoring / ')}" for key in row if key.startswith("scoring / ")
         ]
-        lines.append(f"- {name}, one process, relative to an epoch on the same samples: {', '.join(ratios)}")
+        lines.append(f"- {name}, one process, relative to the same samples in training: {', '.join(ratios)}")
     for processes, found in report["processes"].items():
         if "long" in found:
             row = found["long"]

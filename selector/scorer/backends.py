@@ -72,6 +72,7 @@ def _may_be_rms_norm(module: nn.Module) -> bool:
     return (
         fuses(weight.device)
         and weight.ndim == 1
+        and weight.dtype.itemsize > 1
         and not hasattr(weight, "ds_id")  # ZeRO-3 gathers weights whenever a module is called, on all processes
         and len(inspect.signature(module.forward).parameters) == 1
     )

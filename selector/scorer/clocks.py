@@ -7,7 +7,7 @@ Python hands out work. A phase inside another counts for both.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,7 +36,7 @@ class Clocks:
     def clear(self) -> None:
         """Start anew."""
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def __call__(self, phase: str, device: torch.device) -> Iterator[None]:
@@ -58,16 +58,21 @@ class Clocks:
         self._events.append((phase, first, last))
 
     def settle(self) -> None:
-        """Read the events of a batch; to be called once its results were used, for this waits for them."""
-        for phase, first, last in self._events:
-            last.synchronize()
-            self._seconds[phase] += first.elapsed_time(last) / 1000
-        self._events.clear()
+        """Read the events that have happened; best called while the device is at work on later ones, for it takes milliseconds."""
+        while self._events and self._events[0][2].query():
+            self._read()
 
     def seconds(self, phase: str) -> float:
-        """Seconds of a phase up to the last batch that was settled.
+        """Seconds of a phase so far; waits for what the device is at.
 
         Args:
             phase: which one.
         """
+        while self._events:
+            self._events[0][2].synchronize()
+            self._read()
         return self._seconds[phase]
+
+    def _read(self) -> None:
+        phase, first, last = self._events.popleft()
+        self._seconds[phase] += first.elapsed_time(last) / 1000

@@ -90,8 +90,13 @@ class FeatureExtractor:
     @contextmanager
     def attached(self) -> Iterator[FeatureExtractor]:
         """Hook the model for the time of the block."""
-        kernels = without_plans(), fused_norms(self.model)
-        with kernels[0], kernels[1], gradients_of_activations_only(self.model), self._capture, self.scores.attached():
+        with (
+            without_plans(),
+            fused_norms(self.model),
+            gradients_of_activations_only(self.model),
+            self._capture,
+            self.scores.attached(),
+        ):
             yield self
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
@@ -112,6 +117,7 @@ class FeatureExtractor:
             with self.clocks(FORWARD, device):
                 logits, columns = self._logits(batch, whole="logits" in self.scores.needs)
                 losses = sample_losses(logits, batch, self.loss, columns)
+            self.clocks.settle()
             if self.targets:
                 with self.clocks(BACKWARD, device):
                     losses.sum().backward()
@@ -125,7 +131,6 @@ class FeatureExtractor:
         with self.clocks(SPECTRA, device):
             features, measured, hits = self._features(len(batch.samples), device)
             sketches = self._joined_sketches(len(batch.samples))
-        self.clocks.settle()
         loss = losses.detach().cpu().numpy()
         norms = np.where(measured, features["frobenius_norm"], 0.0)
         finite = np.isfinite(loss) & np.isfinite(norms).all(1)
