@@ -9,9 +9,9 @@ prompts and completions have log-normal numbers of tokens (medians 17 and 54, de
 most 1,000), as the 21,200 rows of the Alpaca union have, and random tokens.
 
     speed        samples/s end to end, tokenizing and writing included, after half of the samples were scored to compile
-                 kernels, and where the time went, read from the store's own ledger; large shapes also under FSDP2. One process
-                 also trains (forward, backward, AdamW) on the same samples in the scorer's batches, or smaller ones where it
-                 needs more memory; for two epochs, since the first one meets shapes that libraries have to plan for.
+                 kernels, and where the time went, read from the store's own ledger; large shapes also under FSDP2
+    training     two epochs (forward, backward, AdamW) over the same samples, in the largest batches that fit; the first one meets
+                 shapes that libraries have to plan for; one process
     long         one sequence of 32k tokens through the 7B shape with checkpointing, one process
     invariance   features of the same samples across batch sizes, padding, processes and sharding, in float32
 """
@@ -68,7 +68,7 @@ def part_speed(arguments: argparse.Namespace, out: Path) -> dict:
 
 
 def speed(shape: str, mode: str, arguments: argparse.Namespace, out: Path) -> dict:
-    """Score everything once; one process alone also trains."""
+    """Score everything once."""
     state = process_state()
     device = state.device
     model = build_model(shape, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
@@ -90,7 +90,7 @@ def speed(shape: str, mode: str, arguments: argparse.Namespace, out: Path) -> di
     seconds = time.perf_counter() - started
     entry = store.manifest.cost[-1]
     phases = {name: float(np.mean(spent)) for name, spent in entry["phases"].items()}
-    report = {
+    return {
         "processes": state.num_processes, "samples": entry["samples"], "tokens": entry["tokens"], "seconds": seconds,
         "seconds warming up": warming,
         "seconds measuring": entry["seconds"], "samples/s": entry["samples"] / seconds, "tokens/s": entry["tokens"] / seconds,
@@ -100,13 +100,18 @@ def speed(shape: str, mode: str, arguments: argparse.Namespace, out: Path) -> di
         "ledger's ratio to an epoch": entry["epoch_ratio"],
         "peak memory GiB": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
     }  # fmt: skip
-    if state.num_processes == 1:
+
+
+def part_training(arguments: argparse.Namespace, out: Path) -> dict:
+    """Train on everything, with each shape."""
+    device = process_state().device
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    report = {}
+    for shape in arguments.shape:
+        model = build_model(shape, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+        report[shape] = train(model, tokenizer, build_data(arguments.samples, arguments.data), device)
+        del model
         free()
-        trained = train(model, tokenizer, data, entry["tokens_per_batch"], device)
-        report |= trained
-        for name, spent in trained.items():
-            if name.startswith("seconds "):
-                report[name.replace("seconds", "scoring /", 1)] = seconds / spent
     return report
 
 
@@ -173,7 +178,9 @@ def part_long(arguments: argparse.Namespace, out: Path) -> dict:
     }  # fmt: skip
 
 
-PARTS = {"speed": part_speed, "long": part_long, "invariance": part_invariance}
+PARTS = {"speed": part_speed, "training": part_training, "long": part_long, "invariance": part_invariance}
+ALONE = ("training", "long")
+"""Parts for one process."""
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -236,11 +243,11 @@ def table(report: dict) -> str:
     lines.append("")
     if "CPU" in report["device"]:
         lines += ["All processes share the cores of one machine: this shows that they agree, not how they scale.", ""]
-    for name, row in speeds.get("1", {}).items():
-        ratios = [
-            f"{row[key]:.2f} times {key.removeprefix('scoring / ')}" for key in row if key.startswith("scoring / ")
-        ]
-        lines.append(f"- {name}, one process, relative to the same samples in training: {', '.join(ratios)}")
+    for shape, row in report["processes"].get("1", {}).get("training", {}).items():
+        for name in (key for key in row if key.startswith("seconds")):
+            line = f"- {shape}, {name.removeprefix('seconds ')}: {row[name]:.1f} s in {row['batches']} batches of {row['tokens per batch']:,} tokens at most"
+            scored = speeds.get("1", {}).get(f"{shape}, data parallel")
+            lines.append(line + (f"; scoring took {scored['seconds'] / row[name]:.2f} times as long" if scored else ""))
     for processes, found in report["processes"].items():
         if "long" in found:
             row = found["long"]
@@ -293,7 +300,7 @@ def main() -> None:
     counts = [2**i for i in range(arguments.processes.bit_length())]
     with tempfile.TemporaryDirectory() as folder:
         for processes in sorted({*counts, arguments.processes}):
-            parts = [part for part in arguments.parts or PARTS if part != "long" or processes == 1]
+            parts = [part for part in arguments.parts or PARTS if part not in ALONE or processes == 1]
             if parts:
                 report["processes"][str(processes)] = launch(parts, processes, Path(folder), words)
             (arguments.results / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")

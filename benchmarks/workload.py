@@ -50,6 +50,8 @@ SHAPES = {
 }
 VOCABULARY = {"tiny": 4096}
 PROMPT, COMPLETION, MOST = (17, 0.46), (54, 1.28), 1000
+LARGEST_BATCH = 16_384
+"""Tokens of a batch that training tries first."""
 ROOM_FOR_TRAINING = 0.6
 """Share of the memory that weights, their gradients and AdamW's two moments may take for training to be timed."""
 
@@ -117,7 +119,6 @@ def train(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     data: datasets.Dataset,
-    tokens_per_batch: int,
     device: torch.device,
 ) -> dict:
     """Time of an epoch of full fine-tuning in batches of like length: little padding, which favors training.
@@ -152,12 +153,13 @@ def train(
         synchronize(device)
         return time.perf_counter() - started
 
+    tokens_per_batch = LARGEST_BATCH
     while True:
         batches = token_budget_batches([s for s in samples if s.status == "ok"], tokens_per_batch)
         try:
             for batch in (batches[0], batches[-1]):  # the widest, and the one with the most samples
                 step(batch, fits)
-            report = {"training's tokens per batch": tokens_per_batch, "training's batches": len(batches)}
+            report = {"tokens per batch": tokens_per_batch, "batches": len(batches)}
             passes = "training" if fits else "forward and backward"
             return report | {f"seconds {passes}, {which} epoch": epoch(batches, fits) for which in ("first", "later")}
         except torch.OutOfMemoryError:
