@@ -31,7 +31,6 @@ from selector.sampling.spectral import RefreshSignal, evenly_spaced
 from selector.scorer.features import FeatureExtractor
 from selector.scorer.measure import measure, measure_in_step, padded_tokens
 from selector.scorer.processes import of_each
-from selector.scorer.progress import Progress
 from selector.scorer.sharding import is_sharded
 
 READ = {
@@ -113,13 +112,13 @@ class Refresh:
             value = float("nan") if values is None else float(np.nanmean(values.astype(np.float64)))
             found.append((row["row"], (value, row["n_loss_tokens"])))
 
-        silent = Progress(len(mine), sum(sample.n_tokens for sample in mine), state.num_processes, shown=False)
-        with self._extractor.attached(), silent as progress:
+        batches = token_budget_batches(mine, budget)
+        with self._extractor.attached():
             if self._sharded:
-                batches = token_budget_batches(mine, budget)
-                measure_in_step(self._extractor, take, batches, rounds, filler, self._collate, progress)
+                batches += [[]] * (rounds - len(batches))
+                measure_in_step(self._extractor, take, batches, filler, self._collate)
             else:
-                measure(self._extractor, take, mine, budget, self._collate, progress)
+                measure(self._extractor, take, batches, budget, self._collate)
         return found
 
     def _with_references(self, mine: Sequence[Sample], budget: int, rounds: int, filler: Sample) -> list[Sample]:

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from selector.data.samples import Sample, TokenSequence
 
+SMALLEST_BATCH = 1 / 8
+"""Of the token budget, for the last batches that several processes take: smaller ones would not fill a GPU."""
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -120,17 +123,30 @@ def _width(sample: Sample) -> int:
     return max(map(len, sample.sequences))
 
 
-def token_budget_batches(samples: Iterable[Sample], tokens_per_batch: int) -> list[list[Sample]]:
-    """All batches of a queue under one budget.
+def token_budget_batches(samples: Sequence[Sample], tokens_per_batch: int, takers: int = 1) -> list[list[Sample]]:
+    """All batches of a queue under one budget, longest samples first.
+
+    Several processes that take the next batch whenever they are free finish together if the last batches are small, and
+    all find work if there is little: for them no batch holds more than half of what is then left for each, down to a
+    share of the budget.
 
     Args:
         samples: what is to be scored, any order.
         tokens_per_batch: most tokens of a batch, padding included; a longer single sample gets a batch of its own.
+        takers: processes that take batches from this list.
+
+    Returns:
+        The batches; a function of the arguments alone, so that every process computes the same.
     """
     queue = BatchQueue(samples, tokens_per_batch)
+    left = sum(sample.n_tokens for sample in samples)
     batches = []
     while queue:
+        if takers > 1:
+            fair = max(left // (2 * takers), int(SMALLEST_BATCH * tokens_per_batch))
+            queue.tokens_per_batch = min(tokens_per_batch, fair)
         batches.append(queue.pop())
+        left -= sum(sample.n_tokens for sample in batches[-1])
     return batches
 
 

@@ -7,15 +7,19 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from selector.cli import main
 from selector.config import ScoreConfig
+from selector.errors import SelectorError
 from selector.forward import scorers
-from selector.scorer import score_dataset
+from selector.scorer import processes, score_dataset
 from selector.store import FeatureStore
 from selector.store.merge import merge
 from selector.types import MEASURES
@@ -27,6 +31,40 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 
+PACE = """
+import time
+
+from selector.scorer import run
+from selector.scorer.processes import turns
+
+def paced(state):
+    # every process gets a batch before any gets a second, and process 1 is slow
+    numbers = turns(state)
+    number = next(numbers)
+    state.wait_for_everyone()
+    while True:
+        yield number
+        time.sleep(0.5 * (state.process_index == 1))
+        number = next(numbers)
+
+run.turns = paced
+"""
+
+COMMAND = """
+import json, sys
+from itertools import takewhile
+from pathlib import Path
+
+import pace
+from selector.cli import main
+from selector.scorer.processes import process_state, turns
+
+state = process_state()
+drawn = list(takewhile(lambda number: number < 1000, turns(state)))
+Path(sys.argv[1], f"drawn{state.process_index}.json").write_text(json.dumps(drawn))
+sys.exit(main(sys.argv[2:]))
+"""
+
 WORKER = """
 import json, sys
 from pathlib import Path
@@ -36,6 +74,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+import pace
 from selector import ScoreConfig, score_dataset
 from selector.assets import POOL, TINY_MODEL
 from selector.data.samples import Encoder
@@ -59,13 +98,13 @@ state._shared_state["local_process_index"] = 0
 score_dataset(model, tokenizer, data, folder / f"node{rank}" / "store", config)
 state._shared_state["local_process_index"] = rank
 
-# one process fails in the middle of its share
+# one process fails in its first batch, which comes after three of the self-test
 original = FeatureExtractor.__call__
 calls = []
 
 def failing(self, batch):
     calls.append(batch)
-    if rank == 1 and len(calls) == 5:
+    if rank == 1 and len(calls) == 4:
         raise RuntimeError("the device fell off the bus")
     return original(self, batch)
 
@@ -116,7 +155,8 @@ def folder(tmp_path_factory, tokenizer) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path / "model")
     tokenizer.save_pretrained(path / "model")
-    (path / "worker.py").write_text(WORKER)
+    for name, script in {"pace": PACE, "command": COMMAND, "worker": WORKER}.items():
+        (path / f"{name}.py").write_text(script)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launcher, str(path / "worker.py"), str(path), str(ROWS), *SCORERS],
@@ -154,10 +194,20 @@ def assert_equal(found: FeatureStore, expected: FeatureStore) -> None:
     )
 
 
+def rows_by_rank(store: FeatureStore) -> Counter[str]:
+    """Rows in the shards of each process."""
+    rows: Counter[str] = Counter()
+    for path, table in zip(store.shard_paths(), store.shards(["row"]), strict=True):
+        rows[path.name.split("-")[0]] += table.num_rows
+    return rows
+
+
 def test_two_processes_give_the_store_of_one(folder, alone):
     store = FeatureStore.open(folder / "shared")
     assert_equal(store, alone)
-    assert {path.name.split("-")[0] for path in store.shard_paths()} == {"00000", "00001"}
+    rows = rows_by_rank(store)
+    assert sum(rows.values()) == ROWS
+    assert rows["00000"] > rows["00001"] > 0, "the slow process takes fewer batches"
     (entry,) = store.manifest.cost
     assert entry["processes"] == 2
     assert entry["device_seconds"] == pytest.approx(2 * entry["seconds"], abs=0.01)
@@ -188,6 +238,7 @@ def test_failure_of_one_process_is_told_by_all_and_loses_no_finished_shard(folde
     broken = FeatureStore.open(folder / "failing")
     done = len(broken)
     assert 0 < done < ROWS
+    assert set(rows_by_rank(broken)) == {"00000"}, "the other process has done the rest"
     # begun on two processes, finished on one
     model = LlamaForCausalLM.from_pretrained(folder / "model")
     finished = score_dataset(
@@ -202,6 +253,15 @@ def test_failure_of_one_process_in_its_part_of_the_tokenizing_is_told_by_all(fol
     assert messages[0].startswith("SelectorError: process 1 of 2 has failed")
     assert messages[1] == "RuntimeError: the tokenizer choked"
     assert not (folder / "choking").exists()
+
+
+@pytest.mark.parametrize(("seen", "problem"), [(1, "do not know of each other"), (2, "no server")])
+def test_processes_that_cannot_share_the_work_are_refused(monkeypatch, seen, problem):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(processes, "PartialState", lambda **_: SimpleNamespace(num_processes=seen))
+    with pytest.raises(SelectorError, match=problem):
+        processes.process_state()
 
 
 def by_torchrun(node: int, processes: int, port: int) -> list[str]:
@@ -242,7 +302,7 @@ def test_command_line_on_two_nodes_and_merge(folder, alone, pool, tmp_path, caps
     nodes = [tmp_path / f"node{i}" / "features" for i in range(2)]
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", *launcher(i, count, port), "-m", "selector", *command, str(nodes[i])],
+            [sys.executable, "-m", *launcher(i, count, port), str(folder / "command.py"), str(tmp_path), *command, str(nodes[i])],
             env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for i, count in enumerate(processes)
@@ -251,10 +311,13 @@ def test_command_line_on_two_nodes_and_merge(folder, alone, pool, tmp_path, caps
     assert [process.returncode for process in running] == [0, 0], said
 
     parts = [FeatureStore.open(node) for node in nodes]
-    assert sum(map(len, parts)) == ROWS
-    ranks = [{path.name.split("-")[0] for path in part.shard_paths()} for part in parts]
+    ranks = [rows_by_rank(part) for part in parts]
     assert sorted(map(len, ranks)) == sorted(processes)
-    assert ranks[0].isdisjoint(ranks[1])
+    assert ranks[0].keys().isdisjoint(ranks[1])
+    assert sum(rows.total() for rows in ranks) == ROWS
+    drawn = [json.loads((tmp_path / f"drawn{rank}.json").read_text()) for rank in range(sum(processes))]
+    assert sorted(chain.from_iterable(drawn)) == list(range(1000)), "each number goes to one process"
+    assert all(numbers == sorted(numbers) for numbers in drawn)
     for node in nodes:  # sound as far as it goes, but a part of the whole
         assert main(["verify", str(node)]) == 1
         assert capsys.readouterr().err.count("error:") == 1

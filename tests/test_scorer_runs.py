@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from selector.gradients.losses import sequence_log_probs
 from selector.gradients.targets import find_targets
 from selector.scorer import estimate_run, score_dataset
 from selector.scorer.features import FeatureExtractor
+from selector.scorer.measure import handed_out, in_step, measure
 from selector.scorer.progress import Progress, duration
 from selector.scorer.transfer import matched_layers, transfer
 from selector.spectra import SketchConfig, sketch
@@ -112,12 +115,43 @@ def test_batches_hold_every_sample_once_within_the_budget():
     assert all(len(batch) * max(s.n_tokens for s in batch) <= 100 for batch in batches)
 
 
+@pytest.mark.parametrize("tokens", [64, 4096])
+def test_last_batches_that_several_take_are_small_and_the_first_are_full(tokens):
+    samples = made_up(*[8] * 500)
+    batches = token_budget_batches(samples, tokens, takers=3)
+    assert sorted(s.row for batch in batches for s in batch) == list(range(500))
+    sizes = [8 * len(batch) for batch in batches]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == min(tokens, 500 * 8 // 6 // 8 * 8)
+    assert sizes[-1] <= max(tokens // 8, 8)
+    # whoever is free takes the next
+    busy = [0, 0, 0]
+    for size in sizes:
+        busy[busy.index(min(busy))] += size
+    assert max(busy) - min(busy) <= tokens // 8
+
+
 def test_shares_of_ranks_are_level_and_hold_every_sample_once():
     samples = made_up(*range(5, 90))
     shares = deal(samples, 3)
     assert sorted(s.row for share in shares for s in share) == list(range(len(samples)))
     tokens = [sum(s.n_tokens for s in share) for share in shares]
     assert max(tokens) - min(tokens) <= 89
+
+
+def test_batch_that_does_not_fit_is_halved_and_so_are_those_that_come_later():
+    tried, rows = [], []
+
+    def scarce(batch: Batch) -> list[dict[str, Any]]:
+        tried.append([sample.row for sample in batch.samples])
+        if batch.input_ids.numel() > 20:
+            raise torch.OutOfMemoryError("scarce")
+        return [{"row": sample.row} for sample in batch.samples]
+
+    batches = token_budget_batches(made_up(*[10] * 8), 40)
+    assert measure(scarce, rows.append, iter(batches), 40, lambda samples: collate(samples, 3)) == 20
+    assert tried == [[0, 1, 2, 3], [0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [row["row"] for row in rows] == list(range(8))
 
 
 def test_out_of_memory_halves_the_budget_and_the_store_remembers_it(
@@ -301,9 +335,25 @@ def test_ledger_says_what_the_time_went_to(small_llama, tokenizer, pool, tmp_pat
 
 
 def test_progress_line_speaks_for_all_processes():
-    progress = Progress(samples=10, tokens=1000, processes=4, shown=False)
-    progress.advance(5, 500)
-    assert str(progress).startswith("scoring: 50% of 40 samples, ")
+    """Batches that are handed out: what has a lower number is finished, but for one batch that the other process is in."""
+    batches = token_budget_batches(made_up(*[100] * 8), 200)
+    progress = Progress([sample for batch in batches for sample in batch], shown=False)
+    shown = []
+    for batch in handed_out(batches, [0, 3, 5], 1, progress):
+        shown.append((batch[0].row, str(progress).split(",")[0]))
+    assert shown == [(0, "scoring: 0% of 8 samples"), (6, "scoring: 50% of 8 samples")]
+    assert str(progress).startswith("scoring: 100% of 8 samples, ")
+
+
+def test_progress_of_a_sharded_model_counts_the_batches_of_all_in_each_round():
+    shares = [token_budget_batches(made_up(*lengths), 100) for lengths in ([100], [100, 100, 100])]
+    progress = Progress([sample for share in shares for batch in share for sample in batch], shown=False)
+    shown = [(len(batch), str(progress).split(" of ")[0]) for batch in in_step(shares, 0, progress)]
+    assert shown == [(1, "scoring: 0%"), (0, "scoring: 50%"), (0, "scoring: 75%")]
+    assert str(progress).startswith("scoring: 100% of 4 samples, ")
+
+
+def test_durations_are_told_in_two_units():
     assert [duration(s) for s in (0.2, 61.0, 3600.0, 90_061.0)] == ["0 s", "1 min 1 s", "1 h 0 min", "1 d 1 h"]
 
 

@@ -101,7 +101,7 @@ def phases(clocks: Clocks, preparing: float, measuring: float, waiting: float) -
     Args:
         clocks: of the measurement.
         preparing: reading, tokenizing and checking.
-        measuring: this process's own share, from its start to the last row.
+        measuring: what fell to this process, from the start to its last row.
         waiting: from then until the last process was done.
     """
     factors = clocks.seconds(FACTORS)

@@ -1,14 +1,16 @@
-"""Measure one process's share, batch after batch, within the memory of its device.
+"""Which batches a process measures, and how they stay within the memory of its device.
 
-A batch that exhausts the memory is put back and tried again under half the budget, which then stays halved. A sharded
-model leaves no second try: the other processes are in the middle of the same layers.
+A process that holds the model whole takes the next of all batches whenever it is free. A batch that exhausts the memory is
+tried again under half the budget, which then stays halved. A sharded model is run by all in step, each on its own share,
+and leaves no second try: the other processes are in the middle of the same layers.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -33,76 +35,97 @@ Collate = Callable[[Sequence[Sample]], Batch]
 Take = Callable[[dict[str, Any]], None]
 
 
+def handed_out(
+    batches: Sequence[Sequence[Sample]], numbers: Iterable[int], others: int, progress: Progress
+) -> Iterator[Sequence[Sample]]:
+    """The batches whose number this process draws, until there are no more.
+
+    Args:
+        batches: of all processes, the same on each.
+        numbers: what this process draws, in rising order, each when it is asked for.
+        others: how many other processes draw.
+        progress: told what all have finished: what has a lower number, but for one batch that each of the others may be in.
+    """
+    finished = 0
+    for number in numbers:
+        before = max(number - others, 0)
+        progress.advance(chain.from_iterable(batches[finished:before]))
+        finished = before
+        if number >= len(batches):
+            return
+        yield batches[number]
+
+
+def in_step(shares: Sequence[Sequence[Sequence[Sample]]], rank: int, progress: Progress) -> Iterator[Sequence[Sample]]:
+    """The batches of this process, one for each round, empty in rounds that only others need.
+
+    Args:
+        shares: the batches of each process, the same on each.
+        rank: whose batches are wanted.
+        progress: told what all have finished: every process is in the same round.
+    """
+    for batches in zip_longest(*shares, fillvalue=()):
+        yield batches[rank]
+        progress.advance(chain.from_iterable(batches))
+
+
 def measure(
-    extract: Extract, take: Take, samples: Sequence[Sample], tokens_per_batch: int, collate: Collate, progress: Progress
+    extract: Extract, take: Take, batches: Iterable[Sequence[Sample]], tokens_per_batch: int, collate: Collate
 ) -> int:
-    """Measure samples with a model that this process holds whole.
+    """Measure batches with a model that this process holds whole.
 
     Args:
         extract: batch to rows of the feature store.
         take: called with every row.
-        samples: of status `ok`.
-        tokens_per_batch: the budget to begin with.
+        batches: samples of status `ok`; the next is asked for when the last is finished.
+        tokens_per_batch: the budget under which the batches were made.
         collate: makes a batch of samples on the model's device.
-        progress: told of every finished batch.
 
     Returns:
         The budget at the end.
     """
-    queue = BatchQueue(samples, tokens_per_batch)
-    while queue:
-        batch = queue.pop()
-        rows = _attempt(extract, collate(batch))
-        if rows is None and len(batch) > 1:
-            queue.put_back(batch)
-            queue.tokens_per_batch = padded_tokens(batch) // 2
-            logger.warning(
-                "out of memory with %d tokens; going on with batches of %d",
-                padded_tokens(batch),
-                queue.tokens_per_batch,
-            )
-            continue
-        for row in rows if rows is not None else [sample_row(batch[0], OUT_OF_MEMORY)]:
-            take(row)
-        progress.advance(len(batch), sum(sample.n_tokens for sample in batch))
-    return queue.tokens_per_batch
+    for samples in batches:
+        queue = BatchQueue(samples, tokens_per_batch)
+        while queue:
+            batch = queue.pop()
+            rows = _attempt(extract, collate(batch))
+            if rows is None and len(batch) > 1:
+                queue.put_back(batch)
+                tokens_per_batch = queue.tokens_per_batch = padded_tokens(batch) // 2
+                logger.warning(
+                    "out of memory with %d tokens; going on with batches of %d", padded_tokens(batch), tokens_per_batch
+                )
+                continue
+            for row in rows if rows is not None else [sample_row(batch[0], OUT_OF_MEMORY)]:
+                take(row)
+    return tokens_per_batch
 
 
 def measure_in_step(
-    extract: Extract,
-    take: Take,
-    batches: Sequence[Sequence[Sample]],
-    rounds: int,
-    filler: Sample,
-    collate: Collate,
-    progress: Progress,
+    extract: Extract, take: Take, batches: Iterable[Sequence[Sample]], filler: Sample, collate: Collate
 ) -> None:
     """Measure batches with a sharded model, which every process has to run equally often.
 
     Args:
         extract: batch to rows of the feature store.
         take: called with every row.
-        batches: of this process.
-        rounds: number of batches of the process with the most.
-        filler: a short sample, measured for nothing by processes that have finished.
+        batches: of this process, one for each round, empty where it has none.
+        filler: a short sample, measured for nothing where the batch is empty.
         collate: makes a batch of samples on the model's device.
-        progress: told of every finished batch.
 
     Raises:
         ModelError: a batch exhausted the memory.
     """
-    for i in range(rounds):
-        batch = batches[i] if i < len(batches) else [filler]
-        rows = _attempt(extract, collate(batch))
+    for batch in batches:
+        rows = _attempt(extract, collate(batch or [filler]))
         if rows is None:
             raise ModelError(
-                "out of memory with a sharded model", got=f"a batch of {padded_tokens(batch)} tokens",
+                "out of memory with a sharded model", got=f"a batch of {padded_tokens(batch or [filler])} tokens",
                 fix="lower --tokens-per-batch or --max-length, or use more GPUs",
             )  # fmt: skip
-        if i < len(batches):
+        if batch:
             for row in rows:
                 take(row)
-            progress.advance(len(batch), sum(sample.n_tokens for sample in batch))
 
 
 def find_budget(extractor: FeatureExtractor, longest: Sample, collate: Collate, device: torch.device) -> int:

@@ -1,30 +1,34 @@
 """What the processes of one run have to agree on: who writes, what is finished, and whether anybody has failed.
 
-Plain data parallelism needs no wrapper around the model: every process holds it whole, works through its own share and
-waits for nobody. They meet at the start, where they also divide the tokenizing, before the first write and at the end. A
-process that fails brings its error to the next meeting instead of leaving the others waiting for it.
+Plain data parallelism needs no wrapper around the model: every process holds it whole, takes the next batch whenever it is
+free and waits for nobody, so that all finish together however fast each is. They meet at the start, where they also divide
+the tokenizing, before the first write and at the end. A process that fails brings its error to the next meeting instead of
+leaving the others waiting for it.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from selector.errors import SelectorError
 from selector.store.reader import FeatureStore
 from selector.store.schema import Manifest
 
 PATIENCE = timedelta(days=7)
-"""How long a process that has finished its share waits for the others; launchers end all processes when one dies."""
+"""How long a process waits for the others, as one that has failed does for the rest; launchers end all when one dies."""
 
 ITEMS_TOGETHER = 131_072
 """Items whose results the processes send each other at a time; on GPUs these pass through their memory."""
@@ -36,7 +40,8 @@ def process_state() -> PartialState:
     """This process's place among those that `accelerate launch` or `torchrun` started; begins their communication.
 
     Raises:
-        SelectorError: the launcher started several processes, but Accelerate sees one: each would score everything.
+        SelectorError: the launcher started several processes, but Accelerate sees one: each would score everything; or nobody
+            has told them where the launcher's server is.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     # without being told so, Accelerate takes several processes without GPUs for one
@@ -46,6 +51,11 @@ def process_state() -> PartialState:
         raise SelectorError(
             "the processes do not know of each other", got=f"WORLD_SIZE={launched}, but Accelerate sees {state.num_processes}",
             fix="start with `accelerate launch` or `torchrun`, and call selector before anything else makes an Accelerator",
+        )  # fmt: skip
+    if state.num_processes > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise SelectorError(
+            "the processes have no server that counts their batches", got="no MASTER_ADDR and MASTER_PORT in the environment",
+            fix="start with `accelerate launch` or `torchrun`",
         )  # fmt: skip
     return state
 
@@ -113,6 +123,26 @@ def of_each(value: T, state: PartialState) -> list[T]:
         state: place of this process.
     """
     return gather_object([value]) if state.num_processes > 1 else [value]
+
+
+def turns(state: PartialState) -> Iterator[int]:
+    """The numbers 0, 1, 2, …, each of which goes to one process: the first that asks when it is due.
+
+    The server by which the launcher has let the processes find each other counts, so no further port has to be open. All
+    processes call this together; then each asks when it likes.
+
+    Args:
+        state: place of this process.
+
+    Returns:
+        This process's numbers, without end, each drawn when it is asked for.
+    """
+    if state.num_processes == 1:
+        return itertools.count()
+    name = from_main(uuid4().hex, state)  # every call counts for itself
+    server = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    numbers = PrefixStore(name, server)
+    return (numbers.add("next", 1) - 1 for _ in itertools.count())
 
 
 def divided(work: Callable[[range], list[T]], count: int, state: PartialState) -> list[T]:

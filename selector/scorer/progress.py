@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
+
+from selector.data.samples import Sample
 
 logger = logging.getLogger("selector")
 
@@ -14,21 +17,19 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Samples and tokens of the whole run, judged by this process: shares are equal in tokens, so all finish together.
+    """Samples and tokens of the whole run, whichever process measures them.
 
     Args:
-        samples: of this process's share.
-        tokens: of this process's share.
-        processes: number of processes.
+        samples: what all processes are to measure.
         shown: whether this process is the one that speaks.
     """
 
-    def __init__(self, samples: int, tokens: int, processes: int, shown: bool) -> None:
-        self.samples, self.tokens, self.processes, self.shown = samples, tokens, processes, shown
+    def __init__(self, samples: Sequence[Sample], shown: bool) -> None:
+        self.samples, self.tokens, self.shown = len(samples), sum(sample.n_tokens for sample in samples), shown
         self._done_samples = self._done_tokens = 0
         self._started = self._spoken = time.monotonic()
         on_terminal = shown and sys.stderr.isatty()
-        self._bar = tqdm(total=samples * processes, desc="scoring", unit="sample", leave=False, disable=not on_terminal)
+        self._bar = tqdm(total=self.samples, desc="scoring", unit="sample", leave=False, disable=not on_terminal)
 
     def __enter__(self) -> Progress:
         return self
@@ -36,16 +37,16 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
-    def advance(self, samples: int, tokens: int) -> None:
+    def advance(self, samples: Iterable[Sample]) -> None:
         """Count what was finished.
 
         Args:
-            samples: finished since the last call.
-            tokens: of these samples.
+            samples: that any process has finished since the last call.
         """
-        self._done_samples += samples
-        self._done_tokens += tokens
-        self._bar.update(samples * self.processes)
+        tokens = [sample.n_tokens for sample in samples]
+        self._done_samples += len(tokens)
+        self._done_tokens += sum(tokens)
+        self._bar.update(len(tokens))
         self._bar.set_postfix_str(f"{self.tokens_per_second:,.0f} tokens/s", refresh=False)
         now = time.monotonic()
         if self.shown and self._bar.disable and now - self._spoken >= SECONDS_BETWEEN_LINES:
@@ -60,13 +61,13 @@ class Progress:
     @property
     def tokens_per_second(self) -> float:
         """Of all processes."""
-        return self._done_tokens * self.processes / self.seconds
+        return self._done_tokens / self.seconds
 
     def __str__(self) -> str:
-        left = (self.tokens - self._done_tokens) * self.processes / max(self.tokens_per_second, 1e-9)
-        rate = self._done_samples * self.processes / self.seconds
+        left = (self.tokens - self._done_tokens) / max(self.tokens_per_second, 1e-9)
+        rate = self._done_samples / self.seconds
         return (
-            f"scoring: {self._done_tokens / max(self.tokens, 1):.0%} of {self.samples * self.processes:,} samples, "
+            f"scoring: {self._done_tokens / max(self.tokens, 1):.0%} of {self.samples:,} samples, "
             f"{rate:,.1f} samples/s, {self.tokens_per_second:,.0f} tokens/s, {duration(left)} left"
         )
 

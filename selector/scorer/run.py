@@ -1,8 +1,9 @@
 """Score a data set: check everything, then measure what is not measured yet, shard by shard.
 
-The processes divide the tokenizing and compute the same plan; each then works through its own share without waiting for
-the others. Nothing is written before all checks have passed. Whatever kills a run, the shards that it has renamed are
-whole, and the same call finishes the rest, on any number of processes.
+The processes divide the tokenizing and compute the same plan and the same batches, of which each then takes the next
+whenever it is free; where one fails, the others do the rest before all end. Nothing is written before all checks have
+passed. Whatever kills a run, the shards that it has renamed are whole, and the same call finishes the rest, on any number
+of processes.
 """
 
 from __future__ import annotations
@@ -28,9 +29,17 @@ from selector.scorer.checks import self_test
 from selector.scorer.clocks import FORWARD, WRITING
 from selector.scorer.cost import Estimate, device_name, estimate, ledger_entry, phases
 from selector.scorer.features import FeatureExtractor, sample_row
-from selector.scorer.measure import DEFAULT_BUDGET, find_budget, measure, measure_in_step
+from selector.scorer.measure import DEFAULT_BUDGET, find_budget, handed_out, in_step, measure, measure_in_step
 from selector.scorer.plan import Plan, plan
-from selector.scorer.processes import finished_rows, from_main, of_each, on_every_file_system, process_state, together
+from selector.scorer.processes import (
+    finished_rows,
+    from_main,
+    of_each,
+    on_every_file_system,
+    process_state,
+    together,
+    turns,
+)
 from selector.scorer.progress import Progress
 from selector.scorer.sharding import is_sharded, shard
 from selector.spectra import SketchConfig
@@ -245,13 +254,14 @@ class _Run:
         return find_budget(self.extractor, longest, self.collate, self.device)
 
     def measure(self, writer: StoreWriter) -> int:
-        """Measure this process's share and write it; returns the token budget at the end."""
-        mine = deal(self.pending, self.state.num_processes)[self.state.process_index]
-        for sample in mine:
-            if sample.status != "ok":
+        """Measure what falls to this process and write it; returns the token budget at the end."""
+        rank, processes, samples = self.state.process_index, self.state.num_processes, self.measurable
+        unmeasurable = [sample for sample in self.pending if sample.status != "ok"]
+        with self.meeting():
+            for sample in unmeasurable[rank::processes]:
                 writer.add(sample_row(sample, sample.status))
-        samples = [sample for sample in mine if sample.status == "ok"]
-        budget = self.budget()
+            budget = self.budget()
+        budget = min(of_each(budget, self.state))
         clocks = self.extractor.clocks
         clocks.clear()  # of the self-test and the search for the budget
 
@@ -259,15 +269,15 @@ class _Run:
             with clocks(WRITING, torch.device("cpu")):
                 writer.add(row)
 
-        tokens = sum(sample.n_tokens for sample in samples)
-        with Progress(len(samples), tokens, self.state.num_processes, shown=self.state.is_main_process) as progress:
-            if self.sharded and self.measurable:
-                batches = token_budget_batches(samples, budget)
-                filler = min(self.measurable, key=lambda sample: sample.n_tokens)
-                rounds = max(of_each(len(batches), self.state))
-                measure_in_step(self.extractor, take, batches, rounds, filler, self.collate, progress)
+        with Progress(samples, shown=self.state.is_main_process) as progress:
+            if self.sharded and samples:
+                shares = [token_budget_batches(share, budget) for share in deal(samples, processes)]
+                filler = min(samples, key=lambda sample: sample.n_tokens)
+                measure_in_step(self.extractor, take, in_step(shares, rank, progress), filler, self.collate)
             else:
-                budget = measure(self.extractor, take, samples, budget, self.collate, progress)
+                batches = token_budget_batches(samples, budget, processes)
+                mine = handed_out(batches, turns(self.state), processes - 1, progress)
+                budget = measure(self.extractor, take, mine, budget, self.collate)
         with clocks(WRITING, torch.device("cpu")):
             writer.flush()
         return budget
