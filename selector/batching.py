@@ -21,8 +21,8 @@ from torch import Tensor
 
 from selector.data.samples import Sample, TokenSequence
 
-SMALLEST_BATCH = 1 / 8
-"""Of the token budget, for the last batches that several processes take: smaller ones would not fill a GPU."""
+SMALLEST_BATCH = 1 / 4
+"""Of the token budget, for the last batches that several processes take: smaller ones would leave a GPU waiting for the host."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,9 +26,7 @@ TRACE_TOLERANCE = 1e-2
 """Largest share of the trace by which eigenvalues may miss it; rounding alone stays a hundred times below."""
 
 
-def root_eigenvalues(
-    matrices: Float[Tensor, "N n n"], dtype: torch.dtype | None = None
-) -> Float[Tensor, "N n"]:
+def root_eigenvalues(matrices: Float[Tensor, "N n n"], dtype: torch.dtype | None = None) -> Float[Tensor, "N n"]:
     """Square roots of the eigenvalues of positive semidefinite matrices.
 
     Args:

@@ -29,7 +29,9 @@ def _mirror(a_ptr, scale_ptr, out_ptr, n, TILE: tl.constexpr):
         tl.store(out + c[:, None] * n + r[None, :], tl.trans(found), mask=lower)
 
 
-def mirrored(matrices: Float[Tensor, "N n n"], scale: Float[Tensor, " N"], dtype: torch.dtype) -> Float[Tensor, "N n n"]:
+def mirrored(
+    matrices: Float[Tensor, "N n n"], scale: Float[Tensor, " N"], dtype: torch.dtype
+) -> Float[Tensor, "N n n"]:
     """Symmetric matrices from their upper triangles, divided by a number each.
 
     Args:
@@ -43,4 +45,3 @@ def mirrored(matrices: Float[Tensor, "N n n"], scale: Float[Tensor, " N"], dtype
     if matrices.numel():
         _mirror[(batch, tiles, tiles)](matrices, scale, out, n, TILE=TILE, num_warps=4)
     return out
-
