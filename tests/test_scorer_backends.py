@@ -110,6 +110,13 @@ def test_a_module_that_someone_else_has_replaced_stays(everywhere):
     assert module.forward is other
 
 
+def test_the_trial_runs_no_hooks(everywhere):
+    module = Plain()
+    module.register_forward_pre_hook(lambda *_: pytest.fail("FSDP's would gather weights"))
+    with backends.fused_norms(module):
+        assert replaced(module)
+
+
 def test_of_two_dtypes_the_module_decides(everywhere):
     module = Plain()
     x = torch.randn(3, 16, dtype=torch.bfloat16)

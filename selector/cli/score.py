@@ -107,13 +107,16 @@ class ScoreCommand(Command):
             plan, estimate = estimate_run(model, tokenizer, dataset, self.out, self.config, reference)
             if state.is_main_process:
                 show_estimate(plan, estimate)
-            return 0
-        store = score_dataset(
-            model, tokenizer, dataset, self.out, self.config, command=self.settings(), reference=reference
-        )
-        if self.explain and state.is_main_process:
-            explain(model, tokenizer, dataset, self.out, self.explain, self.config, reference)
-        return summarize(store, self.config.max_failed) if state.is_main_process else 0
+            code = 0
+        else:
+            store = score_dataset(
+                model, tokenizer, dataset, self.out, self.config, command=self.settings(), reference=reference
+            )
+            if self.explain and state.is_main_process:
+                explain(model, tokenizer, dataset, self.out, self.explain, self.config, reference)
+            code = summarize(store, self.config.max_failed) if state.is_main_process else 0
+        state.destroy_process_group()  # a process that leaves its group open may abort at exit, with its work done
+        return code
 
     def settings(self) -> dict[str, Any]:
         return {name: value for name, value in super().settings().items() if name not in ("dry_run", "explain")}

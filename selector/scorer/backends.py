@@ -87,6 +87,17 @@ def fuses(device: torch.device) -> bool:
     return device.type == "cuda" and hasattr(torch.ops.aten, "_fused_rms_norm")
 
 
+class _WithoutHooks(nn.Module):
+    """Runs a module's own code alone: FSDP's hooks would gather weights that the trial does not use."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        return self.module.forward(x)
+
+
 @torch.no_grad()
 def _is_rms_norm(module: nn.Module, weight: Tensor, epsilon: float) -> bool:
     """Whether the module does to a random input, with a random weight, what the kernel does."""
@@ -94,7 +105,7 @@ def _is_rms_norm(module: nn.Module, weight: Tensor, epsilon: float) -> bool:
     x = 3 * torch.randn(8, len(weight), generator=generator)
     factor = 1 + 0.5 * torch.randn(len(weight), generator=generator)
     x, factor = (tensor.to(weight.device, weight.dtype) for tensor in (x, factor))
-    own = functional_call(module, {"weight": factor}, (x,))
+    own = functional_call(_WithoutHooks(module), {"module.weight": factor}, (x,))
     fused = F.rms_norm(x, factor.shape, factor, epsilon)
     if not isinstance(own, Tensor) or own.shape != x.shape or own.dtype != x.dtype:
         return False
