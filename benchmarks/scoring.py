@@ -8,8 +8,9 @@ Each number of processes is one launch by torchrun, which runs all parts. Sample
 prompts and completions have log-normal numbers of tokens (medians 17 and 54, deviations 0.46 and 1.28 of the logarithm, at
 most 1,000), as the 21,200 rows of the Alpaca union have, and random tokens.
 
-    speed        samples/s end to end, tokenizing and writing included, after half of the samples were scored to compile
-                 kernels, and where the time went, read from the store's own ledger; large shapes also under FSDP2
+    speed        samples/s end to end, tokenizing and writing included, once kernels are compiled (which stay on disk; the run
+                 before it says how long that takes), and where the time went, read from the store's own ledger; large shapes also
+                 under FSDP2
     training     two epochs (forward, backward, AdamW) over the same samples, in the largest batches that fit; the first one meets
                  shapes that libraries have to plan for; one process
     long         one sequence of 32k tokens through the 7B shape with checkpointing, one process
@@ -51,8 +52,6 @@ from selector.types import MEASURES
 
 SHARDED = ("tiny", "7b")
 """Shapes that are also scored under FSDP2."""
-WARM_UP = 2
-"""Every second sample is scored before the clock starts, in batches as large, so that kernels of all sizes are compiled."""
 
 
 def part_speed(arguments: argparse.Namespace, out: Path) -> dict:
@@ -78,7 +77,7 @@ def speed(shape: str, mode: str, arguments: argparse.Namespace, out: Path) -> di
     data = build_data(arguments.samples, arguments.data)
     stem = f"{shape} {mode} {state.num_processes}"
     started = time.perf_counter()
-    score_dataset(model, tokenizer, data.select(range(0, len(data), WARM_UP)), out / f"warm {stem}")
+    score_dataset(model, tokenizer, data, out / f"warm {stem}")
     warming = time.perf_counter() - started
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -92,7 +91,7 @@ def speed(shape: str, mode: str, arguments: argparse.Namespace, out: Path) -> di
     phases = {name: float(np.mean(spent)) for name, spent in entry["phases"].items()}
     return {
         "processes": state.num_processes, "samples": entry["samples"], "tokens": entry["tokens"], "seconds": seconds,
-        "seconds warming up": warming,
+        "seconds of the run before": warming,
         "seconds measuring": entry["seconds"], "samples/s": entry["samples"] / seconds, "tokens/s": entry["tokens"] / seconds,
         "samples/s measuring": entry["samples"] / entry["seconds"], "seconds by phase": phases,
         "idle share": [spent / entry["seconds"] for spent in entry["phases"]["waiting"]],

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from selector.data.samples import Sample, TokenSequence
 
-SMALLEST_BATCH = 1 / 4
+SMALLEST_BATCH = 1 / 2
 """Of the token budget, for the last batches that several processes take: smaller ones would leave a GPU waiting for the host."""
 
 

@@ -80,8 +80,6 @@ class FeatureExtractor:
         self._routed = [i for i, target in enumerate(targets) if target.spec.is_routed]
         self._begin()
         self._capture = GradientCapture(self.model, targets, self._take, checkpoint=checkpoint and bool(targets))
-        self.peak_memory = 0
-        """Most bytes that passes of the model have had on a GPU; the solver's work space, which adapts to what is free, comes after them."""
         self.scores = ForwardScores(self.model, scorers or {}, bos_token_id)
         """What is computed beside spectra."""
         whole: nn.Module = getattr(self.model, "get_base_model", lambda: self.model)()
@@ -108,6 +106,39 @@ class FeatureExtractor:
         Returns:
             The row of the feature store of each sample.
         """
+        losses, scores = self._run_model(batch)
+        device = batch.input_ids.device
+        with self.clocks(SPECTRA, device):
+            features, measured, hits = self._features(len(batch.samples), device)
+            sketches = self._joined_sketches(len(batch.samples))
+        loss = losses.cpu().numpy()
+        norms = np.where(measured, features["frobenius_norm"], 0.0)
+        finite = np.isfinite(loss) & np.isfinite(norms).all(1)
+        for values in scores.values():
+            finite &= ~np.isinf(values)  # NaN stands for a number that a sample does not have
+        kinds = np.where(
+            finite, np.where(norms.any(1) | (not self.targets), "ok", "zero_gradient"), "nonfinite"
+        ).tolist()
+        arrays = features | hits | sketches if self.targets else {}
+        rows = []
+        for i, (sample, status, nats) in enumerate(zip(batch.samples, kinds, loss.tolist(), strict=True)):
+            given = {name: None if math.isnan(values[i]) else values[i] for name, values in scores.items()}
+            rows.append(sample_row(sample, status, nats, {name: matrix[i] for name, matrix in arrays.items()} | given))
+        return rows
+
+    def peak_memory(self, batch: Batch) -> int:
+        """Most bytes on a GPU that the model's passes over a batch take; the solver's work space adapts to what they leave.
+
+        Args:
+            batch: samples of status `ok`, on the GPU.
+        """
+        torch.cuda.reset_peak_memory_stats(batch.input_ids.device)
+        self._run_model(batch)
+        self._begin()
+        return torch.cuda.max_memory_allocated(batch.input_ids.device)
+
+    def _run_model(self, batch: Batch) -> tuple[Tensor, dict[str, list[float]]]:
+        """Passes of the model, which leave cores and sketches behind: losses of the samples, nats per token, and what scorers give."""
         self._begin()
         self._capture.begin(samples=len(batch.samples), segments=batch.segments)
         if self.reference is not None:
@@ -125,26 +156,7 @@ class FeatureExtractor:
                     self._finish_reductions(0)
         with self.clocks(SCORES, device):
             scores = {name: v.tolist() for name, v in self.scores(batch, logits, columns, self._logits).items()}
-        del logits  # the largest tensor of the pass, which spectra need no more
-        if device.type == "cuda":
-            self.peak_memory = torch.cuda.max_memory_allocated(device)
-        with self.clocks(SPECTRA, device):
-            features, measured, hits = self._features(len(batch.samples), device)
-            sketches = self._joined_sketches(len(batch.samples))
-        loss = losses.detach().cpu().numpy()
-        norms = np.where(measured, features["frobenius_norm"], 0.0)
-        finite = np.isfinite(loss) & np.isfinite(norms).all(1)
-        for values in scores.values():
-            finite &= ~np.isinf(values)  # NaN stands for a number that a sample does not have
-        kinds = np.where(
-            finite, np.where(norms.any(1) | (not self.targets), "ok", "zero_gradient"), "nonfinite"
-        ).tolist()
-        arrays = features | hits | sketches if self.targets else {}
-        rows = []
-        for i, (sample, status, nats) in enumerate(zip(batch.samples, kinds, loss.tolist(), strict=True)):
-            given = {name: None if math.isnan(values[i]) else values[i] for name, values in scores.items()}
-            rows.append(sample_row(sample, status, nats, {name: matrix[i] for name, matrix in arrays.items()} | given))
-        return rows
+        return losses.detach(), scores
 
     def _logits(self, batch: Batch, whole: bool = False) -> tuple[Tensor, Tensor | None]:
         """Logits of the positions that predict loss tokens, and these, where the model can leave the others out and may."""

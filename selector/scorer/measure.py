@@ -11,7 +11,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from selector.data.samples import Sample
 from selector.errors import ModelError
 from selector.scorer.features import FeatureExtractor, sample_row
 from selector.scorer.progress import Progress
+from selector.spectra.cores import free_memory
 
 logger = logging.getLogger("selector")
 
@@ -33,6 +34,8 @@ OUT_OF_MEMORY = "error: out of memory"
 Extract = Callable[[Batch], list[dict[str, Any]]]
 Collate = Callable[[Sequence[Sample]], Batch]
 Take = Callable[[dict[str, Any]], None]
+
+T = TypeVar("T")
 
 
 def handed_out(
@@ -132,7 +135,7 @@ def find_budget(extractor: FeatureExtractor, longest: Sample, collate: Collate, 
     """A token budget from the memory that the longest sample takes, which per token is the most of any.
 
     Args:
-        extractor: what measures; its rows are dropped.
+        extractor: what is going to measure.
         longest: the sample with the longest sequence.
         collate: makes a batch of samples on the model's device.
         device: where the model is.
@@ -143,13 +146,11 @@ def find_budget(extractor: FeatureExtractor, longest: Sample, collate: Collate, 
     if device.type != "cuda":
         return DEFAULT_BUDGET
     batch = [longest]
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0]
-    if _attempt(extractor, collate(batch)) is None:
+    before, free = torch.cuda.memory_allocated(device), free_memory(device)
+    peak = _attempt(extractor.peak_memory, collate(batch))
+    if peak is None:
         return padded_tokens(batch)
-    used = max(extractor.peak_memory - before, 1)
+    used = max(peak - before, 1)
     fitting = int(SHARE_OF_MEMORY * free / used * padded_tokens(batch))
     return max(padded_tokens(batch), min(fitting, LARGEST_BUDGET))
 
@@ -163,10 +164,10 @@ def padded_tokens(batch: Sequence[Sample]) -> int:
     return sum(len(s.sequences) for s in batch) * max(len(sequence) for s in batch for sequence in s.sequences)
 
 
-def _attempt(extract: Extract, batch: Batch) -> list[dict[str, Any]] | None:
-    """Rows of a batch, or None when the memory did not suffice; then it is free again."""
+def _attempt(work: Callable[[Batch], T], batch: Batch) -> T | None:
+    """What work on a batch gives, or None when the memory did not suffice; then it is free again."""
     try:
-        return extract(batch)
+        return work(batch)
     except torch.OutOfMemoryError:
         pass  # the error holds the frames, and with them the tensors, until this block is left
     gc.collect()

@@ -92,7 +92,7 @@ def _chunks(cores: Sequence[Core], members: list[int], shape: torch.Size, memory
     """Runs of members whose matrices, at six copies in float64 each, fit the work space; at least one member each."""
     matrix = cores[members[0]].matrix
     if memory is None:
-        memory = min(_free_memory(matrix.device) // 2, MEMORY_ON_GPU) if matrix.is_cuda else MEMORY
+        memory = min(free_memory(matrix.device) // 2, MEMORY_ON_GPU) if matrix.is_cuda else MEMORY
     room = memory // max(6 * 8 * shape.numel(), 1)
     chunk, rows = [], 0
     for i in members:
@@ -104,8 +104,12 @@ def _chunks(cores: Sequence[Core], members: list[int], shape: torch.Size, memory
     yield chunk
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes that are free, those among them that torch keeps for later."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, those among them that torch keeps for later.
+
+    Args:
+        device: the GPU.
+    """
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 
