@@ -78,6 +78,7 @@ import pace
 from selector import ScoreConfig, score_dataset
 from selector.assets import POOL, TINY_MODEL
 from selector.data.samples import Encoder
+from selector.scorer import backends
 from selector.errors import SelectorError
 from selector.scorer.features import FeatureExtractor
 from selector.scorer.processes import process_state
@@ -132,11 +133,13 @@ Encoder.encode = refusing
 note_failure("choking")
 Encoder.encode = tokenize
 
-# a sharded model: one rank has fewer batches than the other, and both must run it equally often
+# a sharded model: one rank has fewer batches than the other, and both must run it equally often. As Accelerate makes it, the last norm
+# is part of a unit that gathers its weights when it is called; norms are replaced as on a GPU.
 mesh = init_device_mesh("cpu", (2,))
-for layer in model.model.layers:
-    fully_shard(layer, mesh=mesh)
+for unit in (*model.model.layers, [model.model.embed_tokens, model.model.norm, model.lm_head]):
+    fully_shard(unit, mesh=mesh)
 fully_shard(model, mesh=mesh)
+backends.fuses = lambda device: True
 score_dataset(model, tokenizer, data, folder / "sharded", config)
 """
 
