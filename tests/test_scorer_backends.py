@@ -127,6 +127,18 @@ def test_of_two_dtypes_the_module_decides(everywhere):
     assert torch.equal(found, module(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_dtype(dtype, everywhere):
+    module = Plain().to(dtype)
+    x = torch.randn(3, 16, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = module(x)
+        with backends.fused_norms(module):
+            fused = module(x)
+    assert fused.dtype == own.dtype
+    torch.testing.assert_close(fused, own)
+
+
 def test_a_failure_restores_the_model(everywhere):
     module = Plain()
     with pytest.raises(RuntimeError, match="on the way"), backends.fused_norms(module):

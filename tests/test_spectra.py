@@ -329,3 +329,13 @@ def test_products_by_blocks_are_those_of_whole_matrices(n):
     lower, other = factors(2, n, n, n)
     lower, symmetric = lower[:, :, :n].tril().double(), (other[:, :, :n] + other[:, :, :n].mT).double()
     torch.testing.assert_close(congruence(lower, symmetric).triu(), (lower.mT @ symmetric @ lower).triu())
+
+
+@pytest.mark.parametrize("precision", ["fast", "high", "reference", "auto"])
+@pytest.mark.parametrize("tokens", [10, 40])
+def test_factors_that_require_gradients_give_values_without_a_graph(precision, tokens):
+    x, delta = torch.randn(2, tokens, 30), torch.randn(2, tokens, 20)
+    plain = spectra.singular_values(x, delta, precision)
+    found = spectra.singular_values(x.requires_grad_(), delta.requires_grad_(), precision)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, plain, rtol=0, atol=0)

@@ -116,5 +116,6 @@ def _is_rms_norm(module: nn.Module, weight: Tensor, epsilon: float) -> bool:
 def _rms_norm(module: nn.Module, own: Any, epsilon: float, x: Tensor) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
-    # of two dtypes the result is a question of the module's casts
-    return F.rms_norm(x, weight.shape, weight, epsilon) if x.dtype == weight.dtype else own(x)
+    if x.dtype != weight.dtype:  # then the dtype of the result is a question of the module's casts
+        return own(x)
+    return F.rms_norm(x, weight.shape, weight, epsilon).to(x.dtype)  # which autocast would widen

@@ -59,7 +59,8 @@ def singular_values(
         precision: see the module; `auto` follows the dtype of x.
 
     Returns:
-        `[N, R]` float64, descending, R = min(T, I, O), in the unit of the gradient; NaN for samples that are not finite.
+        `[N, R]` float64, descending, R = min(T, I, O), in the unit of the gradient; NaN for samples that are not finite. Without
+        a graph, whatever the factors require.
 
     Raises:
         ConfigError: the precision is unknown.
@@ -108,6 +109,7 @@ def begin_reduction(
         SelectorError: the factors do not fit each other.
     """
     check_factors(x, deltas, precision)
+    x, deltas = x.detach(), [delta.detach() for delta in deltas]  # solvers keep no graph; versions are counted together
     chosen = precision if precision != "auto" else "fast" if x.element_size() < 4 else "high"
     finish = cores_of(x, deltas, chosen)
     if chosen != "fast":
