@@ -11,9 +11,11 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 
 from selector.cli import main
 from selector.config import ScoreConfig
@@ -258,13 +260,17 @@ def test_failure_of_one_process_in_its_part_of_the_tokenizing_is_told_by_all(fol
     assert not (folder / "choking").exists()
 
 
-@pytest.mark.parametrize(("seen", "problem"), [(1, "do not know of each other"), (2, "no server")])
-def test_processes_that_cannot_share_the_work_are_refused(monkeypatch, seen, problem):
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    monkeypatch.setattr(processes, "PartialState", lambda **_: SimpleNamespace(num_processes=seen))
-    with pytest.raises(SelectorError, match=problem):
+    monkeypatch.setattr(processes, "PartialState", lambda **_: SimpleNamespace(num_processes=1))
+    with pytest.raises(SelectorError, match="do not know of each other"):
         processes.process_state()
+
+
+def test_processes_that_nothing_counts_for_are_refused(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(SelectorError, match="no server"):
+        processes.turns(Mock(spec=PartialState, num_processes=2))
 
 
 def by_torchrun(node: int, processes: int, port: int) -> list[str]:

@@ -57,6 +57,16 @@ class Wider(Norm):
         return (self.weight * self.normalized(x)).double()
 
 
+class Outside(Norm):
+    def forward(self, x):
+        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
+
+
+class Demanding(Norm):
+    def forward(self, x):
+        raise ValueError("not like this")
+
+
 class Doubled(Norm):
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +104,7 @@ def test_norms_of_a_family_are_replaced_for_the_time_of_a_run_and_give_the_same(
             np.testing.assert_allclose(mine[measure], theirs[measure], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [Plain, Centred, OneMore, Gated, Wider, Doubled])
+@pytest.mark.parametrize("kind", [Plain, Centred, OneMore, Gated, Wider, Doubled, Outside, Demanding])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_what_is_an_rms_norm_is_replaced(kind, dtype, everywhere):
     module = kind().to(dtype)
@@ -115,6 +125,19 @@ def test_the_trial_runs_no_hooks(everywhere):
     module.register_forward_pre_hook(lambda *_: pytest.fail("FSDP's would gather weights"))
     with backends.fused_norms(module):
         assert replaced(module)
+
+
+def test_weights_that_are_gathered_on_demand_are_left_alone(everywhere):
+    module = Plain()
+    module.weight.ds_id = 1
+    with backends.fused_norms(module):
+        assert not replaced(module)
+
+
+def test_named_inputs_reach_the_module(everywhere):
+    module, x = Plain(), torch.randn(3, 16)
+    with backends.fused_norms(module):
+        torch.testing.assert_close(module(x=x), module(x))
 
 
 def test_of_two_dtypes_the_module_decides(everywhere):
@@ -144,6 +167,16 @@ def test_a_failure_restores_the_model(everywhere):
     with pytest.raises(RuntimeError, match="on the way"), backends.fused_norms(module):
         raise RuntimeError("on the way")
     assert not replaced(module)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_on_a_gpu_changes_no_dtype(dtype):
+    module, x = Plain().to("cuda", dtype), torch.randn(3, 16, dtype=dtype, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16), backends.fused_norms(module):
+        assert replaced(module)
+        assert module(x).dtype == dtype
 
 
 @pytest.mark.gpu

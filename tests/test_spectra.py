@@ -339,3 +339,14 @@ def test_factors_that_require_gradients_give_values_without_a_graph(precision, t
     found = spectra.singular_values(x.requires_grad_(), delta.requires_grad_(), precision)
     assert not found.requires_grad
     torch.testing.assert_close(found, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_zero_row_of_a_matrix_is_one_of_its_factor(dtype):
+    x = torch.randn(2, 6, 9, dtype=dtype)
+    x[0, 3] = 0
+    x[1, 5] = 0
+    lower = semidefinite_factor(x @ x.mT)
+    assert not lower[0, 3].any()
+    assert not lower[1, 5].any()
+    torch.testing.assert_close(lower @ lower.mT, (x @ x.mT).double(), rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import sys
 from collections import Counter
@@ -115,7 +116,9 @@ class ScoreCommand(Command):
             if self.explain and state.is_main_process:
                 explain(model, tokenizer, dataset, self.out, self.explain, self.config, reference)
             code = summarize(store, self.config.max_failed) if state.is_main_process else 0
-        state.destroy_process_group()  # a process that leaves its group open may abort at exit, with its work done
+        atexit.register(
+            state.destroy_process_group
+        )  # a process that leaves its group open may abort, with its work done
         return code
 
     def settings(self) -> dict[str, Any]:

@@ -81,8 +81,11 @@ class Layout:
             dataset: the data set.
         """
         names = list(self.columns.values())
+        columns = dataset.select_columns(list(dict.fromkeys(names)))
+        if columns.format["type"] != "custom":  # a transform makes the contents, a format only their types
+            columns = columns.with_format(None)
         # one row at a time would take ten times as long to read
-        for batch in dataset.select_columns(list(dict.fromkeys(names))).iter(batch_size=ROWS_TOGETHER):
+        for batch in columns.iter(batch_size=ROWS_TOGETHER):
             assert isinstance(batch, Mapping)
             for values in zip(*(batch[column] for column in names), strict=True):
                 yield dict(zip(self.columns, values, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -42,21 +42,13 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
     Args:
         model: any model; restored at the end.
     """
-    found: dict[tuple[Any, ...], bool] = {}
     replaced: list[nn.Module] = []
-    for module in model.modules():
-        epsilon = next((getattr(module, name) for name in EPSILONS if hasattr(module, name)), None)
-        if not isinstance(epsilon, float) or not _may_be_rms_norm(module):
-            continue
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        kind = (type(module), epsilon, weight.shape, weight.dtype, weight.device)
-        if kind not in found:
-            found[kind] = _is_rms_norm(module, weight, epsilon)
-        if found[kind]:
-            module.forward = partial(_rms_norm, module, module.forward, epsilon)
-            replaced.append(module)
     try:
+        for module in model.modules():
+            epsilon = next((getattr(module, name) for name in EPSILONS if hasattr(module, name)), None)
+            if isinstance(epsilon, float) and _may_be_rms_norm(module) and _is_rms_norm(module, epsilon):
+                module.forward = partial(_rms_norm, module, module.forward, epsilon)
+                replaced.append(module)
         yield
     finally:
         for module in replaced:
@@ -72,6 +64,7 @@ def _may_be_rms_norm(module: nn.Module) -> bool:
     return (
         fuses(weight.device)
         and weight.ndim == 1
+        and weight.numel() > 0
         and weight.dtype.itemsize > 1
         and not hasattr(weight, "ds_id")  # ZeRO-3 gathers weights whenever a module is called, on all processes
         and len(inspect.signature(module.forward).parameters) == 1
@@ -84,7 +77,7 @@ def fuses(device: torch.device) -> bool:
     Args:
         device: of the model.
     """
-    return device.type == "cuda" and hasattr(torch.ops.aten, "_fused_rms_norm")
+    return device.type == "cuda" and tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 
 class _WithoutHooks(nn.Module):
@@ -99,23 +92,32 @@ class _WithoutHooks(nn.Module):
 
 
 @torch.no_grad()
-def _is_rms_norm(module: nn.Module, weight: Tensor, epsilon: float) -> bool:
-    """Whether the module does to a random input, with a random weight, what the kernel does."""
+def _is_rms_norm(module: nn.Module, epsilon: float) -> bool:
+    """Whether the module does to random inputs, large ones and ones that its epsilon outweighs, with a random weight, what the kernel does."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
     generator = torch.Generator().manual_seed(0)
-    x = 3 * torch.randn(8, len(weight), generator=generator)
-    factor = 1 + 0.5 * torch.randn(len(weight), generator=generator)
+    scales = torch.tensor([3.0, epsilon**0.5], device="cpu")[:, None, None]
+    x = scales * torch.randn(2, 4, len(weight), generator=generator, device="cpu")
+    factor = 1 + 0.5 * torch.randn(len(weight), generator=generator, device="cpu")
     x, factor = (tensor.to(weight.device, weight.dtype) for tensor in (x, factor))
-    own = functional_call(_WithoutHooks(module), {"module.weight": factor}, (x,))
-    fused = F.rms_norm(x, factor.shape, factor, epsilon)
+    with torch.autocast(x.device.type, enabled=False):
+        try:
+            own = functional_call(_WithoutHooks(module), {"module.weight": factor}, (x,))
+        except Exception:  # whatever its code does not like: a plain RMS norm likes any input
+            return False
+        fused = F.rms_norm(x, factor.shape, factor, epsilon)
     if not isinstance(own, Tensor) or own.shape != x.shape or own.dtype != x.dtype:
         return False
     allowed = ROUNDINGS * torch.finfo(x.dtype).eps * fused.double().abs()
     return bool(((own.double() - fused.double()).abs() <= allowed).all())
 
 
-def _rms_norm(module: nn.Module, own: Any, epsilon: float, x: Tensor) -> Tensor:
+def _rms_norm(module: nn.Module, own: Callable[..., Any], epsilon: float, *inputs: Any, **named: Any) -> Any:
+    """The kernel in place of a module's own code, which keeps the calls in which casts or shapes are its business."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if x.dtype != weight.dtype:  # then the dtype of the result is a question of the module's casts
-        return own(x)
-    return F.rms_norm(x, weight.shape, weight, epsilon).to(x.dtype)  # which autocast would widen
+    if named or len(inputs) != 1 or inputs[0].dtype != weight.dtype or inputs[0].shape[-1:] != weight.shape:
+        return own(*inputs, **named)
+    with torch.autocast(weight.device.type, enabled=False):  # it would compute in float32, and so give float32
+        return F.rms_norm(inputs[0], weight.shape, weight, epsilon)

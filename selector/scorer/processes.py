@@ -40,8 +40,7 @@ def process_state() -> PartialState:
     """This process's place among those that `accelerate launch` or `torchrun` started; begins their communication.
 
     Raises:
-        SelectorError: the launcher started several processes, but Accelerate sees one: each would score everything; or nobody
-            has told them where the launcher's server is.
+        SelectorError: the launcher started several processes, but Accelerate sees one: each would score everything.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     # without being told so, Accelerate takes several processes without GPUs for one
@@ -51,11 +50,6 @@ def process_state() -> PartialState:
         raise SelectorError(
             "the processes do not know of each other", got=f"WORLD_SIZE={launched}, but Accelerate sees {state.num_processes}",
             fix="start with `accelerate launch` or `torchrun`, and call selector before anything else makes an Accelerator",
-        )  # fmt: skip
-    if state.num_processes > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise SelectorError(
-            "the processes have no server that counts their batches", got="no MASTER_ADDR and MASTER_PORT in the environment",
-            fix="start with `accelerate launch` or `torchrun`",
         )  # fmt: skip
     return state
 
@@ -136,11 +130,22 @@ def turns(state: PartialState) -> Iterator[int]:
 
     Returns:
         This process's numbers, without end, each drawn when it is asked for.
+
+    Raises:
+        SelectorError: nobody has told the processes where that server is.
     """
     if state.num_processes == 1:
         return itertools.count()
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise SelectorError(
+            "the processes have no server that counts their batches", got="no MASTER_ADDR and MASTER_PORT in the environment",
+            fix="start with `accelerate launch` or `torchrun`",
+        )  # fmt: skip
     name = from_main(uuid4().hex, state)  # every call counts for itself
-    server = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    server = TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+        use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+    )  # fmt: skip
     numbers = PrefixStore(name, server)
     return (numbers.add("next", 1) - 1 for _ in itertools.count())
 
