@@ -201,3 +201,16 @@ def test_missing_file_and_split_are_explained(tmp_path):
     with pytest.raises(DataError, match="no split 'train'") as caught:
         load_rows(str(tmp_path / "d"))
     assert "test" in str(caught.value)
+
+
+@pytest.mark.parametrize("format", ["numpy", "torch"])
+def test_formats_of_a_data_set_do_not_touch_contents_and_transforms_do(format):
+    columns = {"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]}
+    columns |= {"reference_chosen": [-1.1, -123.456789], "reference_rejected": [-2.0, -3.0]}
+    data = datasets.Dataset.from_dict(columns)
+    layout = recognize(data.column_names, ScoreConfig(loss="dpo"))
+    plain = list(layout.rows(data))
+    assert plain == [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    assert list(layout.rows(data.with_format(format))) == plain
+    louder = data.with_transform(lambda rows: rows | {"prompt": [text.upper() for text in rows["prompt"]]})
+    assert [row["prompt"] for row in layout.rows(louder)] == ["A", "B"]
