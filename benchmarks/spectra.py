@@ -42,13 +42,11 @@ ATTENTION = ("q", "k", "v", "o")
 def milliseconds(
     work: Callable[[], object],
     repeats: int = 5,
-    prepare: Callable[[], object] = lambda: None,
     timer: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Median time of some work, after one run to warm up."""
     times = []
     for _ in range(repeats + 1):
-        prepare()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = timer()

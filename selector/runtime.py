@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 LIBRARIES = (
@@ -41,3 +42,14 @@ def derive_seed(*parts: int | str) -> int:
     """
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@cache
+def torch_is_at_least(major: int, minor: int) -> bool:
+    """Whether torch has what a version brought.
+
+    Args:
+        major: first number of that version.
+        minor: second number.
+    """
+    return tuple(int(part) for part in version("torch").split(".")[:2]) >= (major, minor)

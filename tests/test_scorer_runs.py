@@ -20,6 +20,7 @@ from selector.errors import StoreError
 from selector.gradients.losses import sequence_log_probs
 from selector.gradients.targets import find_targets
 from selector.scorer import estimate_run, score_dataset
+from selector.scorer.clocks import Clocks
 from selector.scorer.features import FeatureExtractor
 from selector.scorer.measure import handed_out, in_step, measure
 from selector.scorer.progress import Progress, duration
@@ -332,6 +333,30 @@ def test_ledger_says_what_the_time_went_to(small_llama, tokenizer, pool, tmp_pat
     assert "s of preparing; then model " in capsys.readouterr().out
     older = {name: value for name, value in entry.items() if name != "phases"}
     assert time_by_phase(older) == "not recorded"
+
+
+def test_clocks_read_what_has_happened_at_once_and_the_rest_when_asked():
+    class Event:
+        def __init__(self, happened: bool) -> None:
+            self.happened = happened
+
+        def query(self) -> bool:
+            return self.happened
+
+        def synchronize(self) -> None:
+            self.happened = True
+
+        def elapsed_time(self, last: Event) -> float:
+            assert last.happened
+            return 1500.0
+
+    clocks = Clocks()
+    events = [Event(True), Event(False), Event(True)]
+    clocks._events.extend((name, Event(True), event) for name, event in zip("aba", events, strict=True))
+    clocks.settle()
+    assert clocks._seconds == {"a": 1.5}
+    assert not events[1].happened, "nobody has waited"
+    assert (clocks.seconds("a"), clocks.seconds("b")) == (3.0, 1.5)
 
 
 def test_progress_line_speaks_for_all_processes():

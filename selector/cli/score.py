@@ -116,9 +116,8 @@ class ScoreCommand(Command):
             if self.explain and state.is_main_process:
                 explain(model, tokenizer, dataset, self.out, self.explain, self.config, reference)
             code = summarize(store, self.config.max_failed) if state.is_main_process else 0
-        atexit.register(
-            state.destroy_process_group
-        )  # a process that leaves its group open may abort, with its work done
+        # a process that leaves its group open may abort, with its work done
+        atexit.register(state.destroy_process_group)
         return code
 
     def settings(self) -> dict[str, Any]:

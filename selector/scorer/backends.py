@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from selector.runtime import torch_is_at_least
+
 EPSILONS = ("variance_epsilon", "eps")
 """What models call the number that a norm adds to the mean square."""
 ROUNDINGS = 4
@@ -77,7 +79,7 @@ def fuses(device: torch.device) -> bool:
     Args:
         device: of the model.
     """
-    return device.type == "cuda" and tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
+    return device.type == "cuda" and torch_is_at_least(2, 9)
 
 
 class _WithoutHooks(nn.Module):

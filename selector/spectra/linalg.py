@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from selector.runtime import torch_is_at_least
 from selector.spectra.threads import over_batch
 
 BAND_FROM = 160, 1 << 25
@@ -136,7 +137,7 @@ def matmul(a: Float[Tensor, "N m k"], b: Float[Tensor, "N k n"]) -> Float[Tensor
         Products, float32 for operands of 16 bits, else in the operands' dtype.
     """
     if a.element_size() == 2:
-        if a.is_cuda and _bmm_widens():
+        if a.is_cuda and torch_is_at_least(2, 8):  # from where bmm takes 16 bits and gives 32
             return torch.bmm(a, b, out_dtype=torch.float32)
         a, b = a.float(), b.float()
     with full_precision():
@@ -197,11 +198,6 @@ def _upper_eigenvalues(matrices: Tensor) -> Tensor:
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-@cache
-def _bmm_widens() -> bool:
-    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 def _cholesky(matrices: Tensor, jitter: float) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from selector.spectra.kernels import kernel
 
 TILE = 32
+"""Rows and columns that one program takes."""
 
 
 @kernel
@@ -37,7 +38,10 @@ def mirrored(
     Args:
         matrices: read on and above the diagonal, contiguous, float32 or float64.
         scale: the divisors, of the same dtype.
-        dtype: of the result.
+        dtype: of the result, float32 or float64.
+
+    Returns:
+        Whole matrices, unitless, both triangles filled.
     """
     out = torch.empty_like(matrices, dtype=dtype)
     batch, n = matrices.shape[:2]
